@@ -1,0 +1,218 @@
+"""From the bytes of an `.npy` object to a checked array, without a copy and never by unpickling."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConfigError, DecodeError
+
+# The .npy format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+MAGIC = b"\x93NUMPY"
+LONGEST_HEADER_BYTES = 65_536
+IMAGE_DTYPE = np.dtype(np.float32)
+LABEL_DTYPE = np.dtype(np.uint8)
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Volume = npt.NDArray[np.float32]
+LabelMap = npt.NDArray[np.uint8]
+
+
+class NpyHeader(NamedTuple):
+    """What an `.npy` header says."""
+
+    dtype: np.dtype[Any]
+    fortran_order: bool
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeConfig:
+    """What a good case looks like."""
+
+    num_classes: int = 3
+    """Label values run from 0 to num_classes - 1; any other makes the case a bad one."""
+
+    channels: int = 1
+    """Channels of an image."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_classes <= 256:
+            raise ConfigError(
+                f"num_classes must be from 2 to 256, since labels are uint8; got {self.num_classes}"
+            )
+        if self.channels < 1:
+            raise ConfigError(f"channels must be 1 or more; got {self.channels}")
+
+
+def parse_npy(data: Buffer, name: str) -> tuple[NpyHeader, int]:
+    """Read the header only.
+
+    Args:
+        data: the object's bytes, or its first part as long as that holds the whole header.
+        name: what messages call it.
+
+    Returns:
+        The header and the offset of the first voxel.
+
+    Raises:
+        DecodeError: not an `.npy`, or one whose header is not to be trusted.
+    """
+    head = bytes(data[:12])
+    if head[:6] != MAGIC:
+        raise DecodeError(
+            f"{name}: expected an .npy file, found one that starts with {head[:6]!r}; "
+            "upload it anew or leave the case out",
+            "not-npy",
+        )
+    version = head[6:8]
+    if version == b"\x01\x00":
+        start, length = 10, int.from_bytes(head[8:10], "little")
+    elif version in (b"\x02\x00", b"\x03\x00") and len(head) == 12:
+        start, length = 12, int.from_bytes(head[8:12], "little")
+    else:
+        raise DecodeError(
+            f"{name}: expected .npy format 1.0, 2.0 or 3.0, found {version!r}; save it anew with numpy.save",
+            "not-npy",
+        )
+    if length > LONGEST_HEADER_BYTES or start + length > len(data):
+        raise DecodeError(
+            f"{name}: expected an .npy header of at most {min(LONGEST_HEADER_BYTES, len(data) - start)} bytes, "
+            f"found one that claims {length}; the file is truncated or damaged: upload it anew",
+            "truncated",
+        )
+    try:
+        return _parse_header_text(bytes(data[start : start + length])), start + length
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
+        raise DecodeError(
+            f"{name}: expected an .npy header with descr, fortran_order and shape, found one that does not parse "
+            f"({error}); upload it anew",
+            "not-npy",
+        ) from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_header_text(text: bytes) -> NpyHeader:
+    """A header is a Python literal; a data set has few different ones, so each is parsed once a process."""
+    fields = ast.literal_eval(text.decode("latin1").strip())
+    if not isinstance(fields, dict) or fields.keys() != {"descr", "fortran_order", "shape"}:
+        raise ValueError("not a dictionary of these three")
+    shape, fortran_order, descr = fields["shape"], fields["fortran_order"], fields["descr"]
+    if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise ValueError("shape is not a tuple of lengths")
+    if type(fortran_order) is not bool or not isinstance(descr, str):
+        raise ValueError("fortran_order is no truth value or descr no plain type")
+    return NpyHeader(np.dtype(descr), fortran_order, shape)
+
+
+def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """View the bytes as a 4-D array of `dtype`; nothing is allocated, so a lying header costs nothing.
+
+    Returns:
+        A read-only (C, D, H, W) view of `data`, C- or Fortran-ordered as the header says.
+
+    Raises:
+        DecodeError: pickled objects, another dtype, not 4-D, an empty axis, or a length that is not the one
+            that the header calls for.
+    """
+    header, offset = parse_npy(data, name)
+    if header.dtype.hasobject:
+        raise DecodeError(
+            f"{name}: expected {dtype} voxels, found pickled Python objects, which are never loaded; "
+            f"save the array as {dtype}",
+            "pickled",
+        )
+    if header.dtype != dtype:
+        raise DecodeError(
+            f"{name}: expected dtype {dtype}, found {header.dtype}; "
+            f"save it with .astype('{dtype}') or leave the case out",
+            "dtype",
+        )
+    if len(header.shape) != 4 or 0 in header.shape:
+        raise DecodeError(
+            f"{name}: expected 4 axes (C, D, H, W), none empty, found shape {header.shape}; save it with a channel axis",
+            "rank",
+        )
+    voxels = math.prod(header.shape)
+    expected_bytes = offset + voxels * dtype.itemsize
+    if len(data) != expected_bytes:
+        raise DecodeError(
+            f"{name}: expected {expected_bytes} bytes for shape {header.shape}, found {len(data)}; "
+            "the file is truncated or damaged: upload it anew",
+            "truncated",
+        )
+    flat = np.frombuffer(data, dtype=dtype, count=voxels, offset=offset)
+    return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
+
+
+def decode_case(
+    image_data: Buffer,
+    label_data: Buffer,
+    config: DecodeConfig,
+    *,
+    image_name: str,
+    label_name: str,
+    smallest: tuple[int, int, int] | None = None,
+) -> tuple[Volume, LabelMap]:
+    """Decode and check one case.
+
+    Args:
+        image_data: an `.npy` of (C, D, H, W) float32.
+        label_data: an `.npy` of (1, D, H, W) uint8.
+        config: what is expected.
+        image_name: the image's URI, for messages.
+        label_name: the label's URI, for messages.
+        smallest: (D, H, W) that the volume must reach on every axis: the patch.
+
+    Returns:
+        The image (C, D, H, W) float32 and the label (1, D, H, W) uint8: read-only views of the data.
+
+    Raises:
+        DecodeError: with `reason` not-npy, pickled, dtype, rank, truncated, shape-mismatch, smaller-than-patch,
+            label-value or non-finite.
+    """
+    image_CDHW: Volume = read_array(image_data, image_name, IMAGE_DTYPE)
+    label_1DHW: LabelMap = read_array(label_data, label_name, LABEL_DTYPE)
+    if image_CDHW.shape[0] != config.channels or label_1DHW.shape[0] != 1:
+        raise DecodeError(
+            f"{image_name}: expected {config.channels} image channels and 1 label channel, found "
+            f"{image_CDHW.shape[0]} and {label_1DHW.shape[0]}; set --data.decode.channels or save the case anew",
+            "shape-mismatch",
+        )
+    if image_CDHW.shape[1:] != label_1DHW.shape[1:]:
+        raise DecodeError(
+            f"{image_name}: expected image and label of one (D, H, W), found {image_CDHW.shape[1:]} and "
+            f"{label_1DHW.shape[1:]} in {label_name}; resample one to the other or leave the case out",
+            "shape-mismatch",
+        )
+    if smallest is not None and any(
+        have < want for have, want in zip(image_CDHW.shape[1:], smallest, strict=True)
+    ):
+        raise DecodeError(
+            f"{image_name}: expected a volume of at least the patch {smallest}, found {image_CDHW.shape[1:]}; "
+            "pad it, choose a smaller --data.crop.patch, or leave the case out",
+            "smaller-than-patch",
+        )
+    top = int(label_1DHW.max())
+    if top >= config.num_classes:
+        raise DecodeError(
+            f"{label_name}: expected label values 0 to {config.num_classes - 1}, found {top}; "
+            "set --data.decode.num-classes or mend the label",
+            "label-value",
+        )
+    # A float64 sum of float32 values cannot overflow, and carries every NaN and infinity through.
+    with np.errstate(invalid="ignore"):
+        total = float(image_CDHW.sum(dtype=np.float64))
+    if not math.isfinite(total):
+        bad = int(np.count_nonzero(~np.isfinite(image_CDHW)))
+        raise DecodeError(
+            f"{image_name}: expected finite voxels, found {bad} that are NaN or infinite; mend the image or leave the case out",
+            "non-finite",
+        )
+    return image_CDHW, label_1DHW

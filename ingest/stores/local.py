@@ -1,0 +1,194 @@
+"""Local folders: plain paths and file:// URIs."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ..errors import (
+    ConfigError,
+    ObjectError,
+    ObjectNotFoundError,
+    PermissionDeniedError,
+    PlaceNotFoundError,
+    StaleManifestError,
+    StoreError,
+)
+from .base import BaseStore, ObjectMeta, StoreConfig
+
+_TEMPORARY = ".voxflux-tmp-"
+_THREADS = 4  # page cache reads gain little from more; network file systems hide some latency
+_THREADS_FROM_BYTES = 4 * 2**20
+
+
+class LocalStore(BaseStore):
+    """A folder. Thread-safe; pickles as its URI and configuration.
+
+    An object's generation is its modification time in ns. Symbolic links to files and folders are followed, but a
+    folder that is its own ancestor is not entered again.
+    """
+
+    def __init__(self, uri: str, config: StoreConfig | None = None) -> None:
+        """Note the folder; touches nothing.
+
+        Args:
+            uri: ``file:///folder``, percent-decoded, or a plain path, taken literally and made absolute.
+            config: kept, for one shape of all stores.
+
+        Raises:
+            ConfigError: the URI names a host.
+        """
+        if uri.startswith("file://"):
+            parts = urlsplit(uri)
+            if parts.netloc not in ("", "localhost") or not parts.path or parts.query or parts.fragment:
+                raise ConfigError(
+                    f"expected file:///folder with %3F and %23 for ? and #, found {uri!r}; give a plain path instead"
+                )
+            folder = unquote(parts.path)
+        else:
+            folder = uri
+        self.root = os.path.abspath(os.path.expanduser(folder))  # noqa: PTH100, PTH111  Path.resolve follows links
+        self.uri = Path(self.root).as_uri().rstrip("/") + "/"
+        self.config = config or StoreConfig()
+
+    def __repr__(self) -> str:
+        return f"LocalStore({self.uri!r})"
+
+    def uri_of(self, name: str) -> str:
+        """The full path of one object, for messages."""
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def list(self, prefix: str = "") -> Iterator[ObjectMeta]:
+        """See `Lists.list`; our own unfinished files are left out."""
+        with _folder_errors(self.root):
+            if not stat.S_ISDIR(os.stat(self.root).st_mode):  # noqa: PTH116  strings throughout, for speed
+                raise NotADirectoryError(self.root)
+        yield from self._walk("", prefix, ())
+
+    def _walk(self, folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[ObjectMeta]:
+        path = os.path.join(self.root, folder)  # noqa: PTH118
+        with _folder_errors(path):
+            status = os.stat(path)  # noqa: PTH116
+            here = (status.st_dev, status.st_ino)
+            if here in ancestors:
+                return
+            with os.scandir(path) as scan:
+                entries = [(entry, _is_folder(entry)) for entry in scan]
+        # A folder's objects sort as if its name ended in '/': GCS orders whole names by their bytes.
+        entries.sort(key=lambda item: os.fsencode(item[0].name) + (b"/" if item[1] else b""))
+        for entry, is_folder in entries:
+            name = folder + entry.name
+            if is_folder:
+                inside = name + "/"
+                if inside.startswith(prefix) or prefix.startswith(inside):
+                    yield from self._walk(inside, prefix, (*ancestors, here))
+            elif name.startswith(prefix) and not entry.name.startswith(_TEMPORARY):
+                with contextlib.suppress(FileNotFoundError):  # a broken link, or gone since the scan
+                    status = entry.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        yield ObjectMeta(name, status.st_size, status.st_mtime_ns)
+
+    def fetch_each(self, objects: Sequence[ObjectMeta]) -> list[bytes | ObjectError]:
+        """See `Fetches.fetch_each`."""
+        if len(objects) > 1 and sum(meta.size_bytes for meta in objects) >= _THREADS_FROM_BYTES:
+            with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+                return list(pool.map(self._fetch_one, objects))
+        return [self._fetch_one(meta) for meta in objects]
+
+    def _fetch_one(self, meta: ObjectMeta) -> bytes | ObjectError:
+        path = self._path(meta.name)
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123
+                status = os.fstat(file.fileno())
+                changed = status.st_size != meta.size_bytes or (
+                    meta.generation is not None and status.st_mtime_ns != meta.generation
+                )
+                body = b"" if changed else file.read()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            if not Path(self.root).is_dir():
+                raise _no_folder(self.root) from None
+            return ObjectNotFoundError(
+                f"expected the listed file {path}, found that it is gone; put it back or list anew"
+            )
+        except PermissionError as error:
+            raise _not_allowed(path, "read") from error
+        except OSError as error:
+            raise StoreError(f"expected to read {path}, found {error}; check the file system") from error
+        if changed or len(body) != meta.size_bytes:
+            return StaleManifestError(
+                f"expected {path} as listed ({meta.size_bytes:,} bytes, generation {meta.generation or 'unknown'}), "
+                f"found {status.st_size:,} bytes, generation {status.st_mtime_ns}; it was overwritten since: list anew"
+            )
+        return body
+
+    def put(self, name: str, data: bytes) -> None:
+        """See `Puts.put`: a temporary file beside it takes its place in one step.
+
+        Raises:
+            ConfigError: the name leads out of the folder, or names a folder.
+            PermissionDeniedError: the folder may not be written.
+        """
+        path = self._path(name)
+        folder = os.path.dirname(path)  # noqa: PTH120
+        temporary = None
+        try:
+            os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+            handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
+            with open(handle, "wb") as file:  # noqa: PTH123
+                file.write(data)
+                os.fchmod(file.fileno(), 0o644)
+            os.replace(temporary, path)  # noqa: PTH105
+            temporary = None
+        except PermissionError as error:
+            raise _not_allowed(path, "write") from error
+        except OSError as error:
+            raise StoreError(
+                f"expected to write {path}, found {error}; check the disk's space, and that no part of the path is "
+                f"a file"
+            ) from error
+        finally:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> str:
+        if not name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise ConfigError(
+                f"expected a name of a file below {self.root}, found {name!r}; names must not be empty, nor have "
+                f"empty, '.' or '..' parts"
+            )
+        return os.path.join(self.root, name)  # noqa: PTH118
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads round in circles
+        return False
+
+
+def _no_folder(path: str) -> PlaceNotFoundError:
+    return PlaceNotFoundError(f"expected a folder at {path}, found none; check the path, or prepare data there")
+
+
+def _not_allowed(path: str, verb: str) -> PermissionDeniedError:
+    return PermissionDeniedError(
+        f"expected to {verb} {path}, found that user {os.geteuid()} may not; change its permissions or owner"
+    )
+
+
+@contextlib.contextmanager
+def _folder_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _no_folder(path) from error
+    except PermissionError as error:
+        raise _not_allowed(path, "list") from error
+    except OSError as error:
+        raise StoreError(f"expected to list {path}, found {error}; check the file system") from error

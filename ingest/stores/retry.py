@@ -1,0 +1,155 @@
+"""The one retry policy of every store call: exponential back-off with full jitter, under one deadline."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import tenacity
+import tenacity.wait
+
+from ..errors import CorruptObjectError, UnreachableError
+from .base import StoreConfig
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+_CORRUPT_KINDS = frozenset({"truncated", "checksum"})
+
+
+class PassingError(Exception):
+    """A failure that may pass by trying again; never leaves the stores.
+
+    Attributes:
+        kind: ``refused``, ``reset``, ``timeout``, ``truncated``, ``checksum`` or ``status-NNN``.
+        detail: what the server or library said.
+        retry_after_s: the wait the server asked for, None where it said nothing.
+    """
+
+    def __init__(self, kind: str, detail: str, retry_after_s: float | None = None) -> None:
+        super().__init__(kind, detail, retry_after_s)
+        self.kind = kind
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+
+
+class RetryCounts:
+    """Counts this process's retries by kind. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def add(self, kind: str) -> None:
+        """Note one retry."""
+        with self._lock:
+            self._counts[kind] += 1
+
+    def snapshot(self) -> dict[str, int]:
+        """The counts so far, since the process started."""
+        with self._lock:
+            return dict(self._counts)
+
+
+RETRIES = RetryCounts()
+
+
+class _Wait(tenacity.wait.wait_base):
+    """Full jitter, or what the server asked for when that is longer."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._jitter = tenacity.wait_random_exponential(
+            multiplier=config.retry_first_s, max=config.retry_longest_s
+        )
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        error = _error_of(retry_state)
+        return max(self._jitter(retry_state), (error and error.retry_after_s) or 0.0)
+
+
+class _Stop:
+    """The deadline, with shorter bounds for what does not pass by waiting."""
+
+    def __init__(self, config: StoreConfig, tries: int | None) -> None:
+        self._config = config
+        self._tries = tries
+        self._only_refused = True
+        self._corrupt = 0
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        error = _error_of(retry_state)
+        kind = error.kind if error else ""
+        self._only_refused = self._only_refused and kind == "refused"
+        self._corrupt += kind in _CORRUPT_KINDS
+        deadline_s = self._config.retry_deadline_s
+        if self._only_refused:
+            deadline_s = min(deadline_s, self._config.retry_refused_s)
+        waited_s = (retry_state.seconds_since_start or 0.0) + retry_state.upcoming_sleep
+        return (
+            waited_s >= deadline_s
+            or self._corrupt >= self._config.retry_corrupt_tries
+            or (self._tries is not None and retry_state.attempt_number >= self._tries)
+        )
+
+
+def _error_of(retry_state: tenacity.RetryCallState) -> PassingError | None:
+    error = retry_state.outcome.exception() if retry_state.outcome else None
+    return error if isinstance(error, PassingError) else None
+
+
+def _note(retry_state: tenacity.RetryCallState) -> None:
+    error = _error_of(retry_state)
+    if error:
+        RETRIES.add(error.kind)
+        logger.debug(
+            "try %d failed (%s: %s); the next in %.2f s",
+            retry_state.attempt_number,
+            error.kind,
+            error.detail,
+            retry_state.upcoming_sleep,
+        )
+
+
+def with_retries(config: StoreConfig, attempt: Callable[[], T], *, what: str, tries: int | None = None) -> T:
+    """Call `attempt` until it returns or fails in a way that does not pass.
+
+    Args:
+        config: its ``retry_*`` fields are the policy.
+        attempt: one try; raises `PassingError` for what may be tried again, anything else ends the call.
+        what: the call in words with its object's full URI, for messages: ``reading gs://b/x``.
+        tries: at most so many, where giving up early has a remedy; None goes by the deadline alone.
+
+    Raises:
+        CorruptObjectError: the bytes were wrong in every try up to the bound.
+        UnreachableError: the deadline came.
+    """
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(PassingError),
+        wait=_Wait(config),
+        stop=_Stop(config, tries),
+        before_sleep=_note,
+        reraise=True,
+    )
+    try:
+        return retrying(attempt)
+    except PassingError as error:
+        count = int(retrying.statistics.get("attempt_number", 1))
+        tried = f"{count} tries" if count > 1 else "1 try"
+        if error.kind in _CORRUPT_KINDS:
+            raise CorruptObjectError(
+                f"{what}: expected bytes that match the listing, found otherwise in {tried}, at last {error.detail}; "
+                f"write the object again, or quarantine its case"
+            ) from error
+        if error.kind == "refused":
+            raise UnreachableError(
+                f"{what}: expected a server that answers, found none in {tried}: {error.detail}; check that it runs "
+                f"and that its address is right (STORAGE_EMULATOR_HOST, or the network to storage.googleapis.com)"
+            ) from error
+        raise UnreachableError(
+            f"{what}: expected an answer within {config.retry_deadline_s:g} s, found a failure in {tried}, at last "
+            f"{error.detail}; try again later, lower the requests in flight, or raise retry_deadline_s"
+        ) from error

@@ -1,0 +1,144 @@
+"""The complete configuration of a run: one tree of frozen dataclasses, saved with the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from ingest.errors import ConfigError
+from ingest.pipeline import DataConfig
+
+from .evaluate import SlidingWindowConfig
+from .optimizer import OptimizerConfig
+from .unet3d import UNet3DConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerConfig:
+    """How many processes train, and for how long."""
+
+    num_workers: int = 1
+    """Training processes (ranks); one a GPU where there are GPUs."""
+
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray reserves for one training process; what is left over reads and transforms."""
+
+    use_gpu: bool | None = None
+    """Whether each rank takes a GPU; None takes one where the cluster has enough of them."""
+
+    batch_size: int = 32
+    """Samples a rank and step."""
+
+    epochs: int = 100
+    """Passes over the training cases."""
+
+    evaluate_from: int = 0
+    """The first epoch (from 0) after which held-out cases are scored."""
+
+    evaluate_every: int = 1
+    """Epochs from one scoring to the next; the last epoch is always scored. 0 never scores."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward pass: bf16 autocast, or none; auto is bf16 on GPUs that have it, fp32 elsewhere."""
+
+    torch_threads: int | None = None
+    """Compute threads of a rank; None takes its whole CPUs, at least one."""
+
+    prefetch_batches: int = 1
+    """Batches made ready ahead of the step. Small: a buffered batch keeps its whole block in memory."""
+
+    max_failures: int = 0
+    """Times that the run starts again from its last checkpoint after a failure; -1 for ever."""
+
+    checkpoints_kept: int = 2
+    """Checkpoints that stay in the run's folder: the newest ones."""
+
+    def __post_init__(self) -> None:
+        for field in ("num_workers", "batch_size", "epochs", "checkpoints_kept"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"trainer.{field} must be 1 or more; got {getattr(self, field)}")
+        for field in ("evaluate_from", "evaluate_every", "prefetch_batches"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"trainer.{field} must be 0 or more; got {getattr(self, field)}")
+        if self.cpus_per_worker <= 0:
+            raise ConfigError(f"trainer.cpus_per_worker must be above 0; got {self.cpus_per_worker}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ConfigError(f"trainer.precision must be auto, fp32 or bf16; got {self.precision!r}")
+        if self.torch_threads is not None and self.torch_threads < 1:
+            raise ConfigError(f"trainer.torch_threads must be 1 or more; got {self.torch_threads}")
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether held-out cases are scored after this epoch."""
+        if self.evaluate_every == 0:
+            return False
+        due = epoch >= self.evaluate_from and (epoch - self.evaluate_from) % self.evaluate_every == 0
+        return due or epoch == self.epochs - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """The data that a recipe makes for itself when no URIs are given: MNI152-derived cases on an embedded server."""
+
+    cases: int = 264
+    """Cases to make, held-out ones included."""
+
+    shape: tuple[int, int, int] = (48, 48, 48)
+    """(D, H, W) of each case, in voxels."""
+
+    data_dir: str = "data/demo"
+    """Folder that the cases are kept in, so that a second run need not make them."""
+
+    def __post_init__(self) -> None:
+        if self.cases < 2 or any(length < 8 for length in self.shape):
+            raise ConfigError(
+                f"demo data must be 2 cases or more of 8 voxels or more; got {self.cases} of {self.shape}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that decides what a run does."""
+
+    run_dir: str | None = None
+    """Where checkpoints, metrics and pictures go: a folder, or gs:// (needed on several nodes). None makes a folder
+    under runs/."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: UNet3DConfig = dataclasses.field(default_factory=UNet3DConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    window: SlidingWindowConfig = dataclasses.field(default_factory=SlidingWindowConfig)
+    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    demo: DemoConfig | None = None
+
+    def to_json(self) -> str:
+        """The whole tree, for a person and for the record."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def from_json(text: str) -> Recipe:
+    """Read what `Recipe.to_json` wrote.
+
+    Raises:
+        ConfigError: it is not such a tree.
+    """
+    try:
+        return _build(Recipe, json.loads(text))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"expected a saved recipe, found something else ({error}); check the file") from error
+
+
+def _build(kind: Any, values: dict[str, Any]) -> Any:
+    """Build a dataclass from plain values, going down where the default is a dataclass, and back to tuples."""
+    built: dict[str, Any] = {}
+    nested = {"demo": DemoConfig}
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
+            continue
+        value = values[field.name]
+        default = field.default_factory() if callable(field.default_factory) else None
+        if isinstance(value, dict):
+            built[field.name] = _build(nested.get(field.name) or type(default), value)
+        else:
+            built[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**built)

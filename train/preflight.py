@@ -1,0 +1,125 @@
+"""What would go wrong later is found before anything starts, and said with the numbers that decide it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from ingest.decode import parse_npy
+from ingest.errors import ConfigError
+from ingest.manifest import Manifest, cases_of
+from ingest.stores import open_store
+
+from .config import Recipe
+from .unet3d import UNet3D, check_patch
+
+# A checkpoint holds the weights and, for each, up to two moments of the optimiser.
+CHECKPOINT_COPIES = {"sgd": 2, "adamw": 3}
+
+
+def check_model(recipe: Recipe) -> None:
+    """The patch and the sliding window against the network."""
+    check_patch(recipe.model, recipe.data.crop.patch)
+    check_patch(recipe.model, recipe.window.roi)
+    if recipe.model.in_channels != recipe.data.decode.channels:
+        raise ConfigError(
+            f"expected a network for {recipe.data.decode.channels} image channels, found one for "
+            f"{recipe.model.in_channels}; set --model.in-channels or --data.decode.channels"
+        )
+    if recipe.model.num_classes != recipe.data.decode.num_classes:
+        raise ConfigError(
+            f"expected a network for {recipe.data.decode.num_classes} classes, found one for "
+            f"{recipe.model.num_classes}; set --model.num-classes or --data.decode.num-classes"
+        )
+
+
+def check_cpus(recipe: Recipe, cpus: float) -> None:
+    """Trainers must leave CPUs for reading: otherwise Ray Data would wait for half an hour without a word.
+
+    Args:
+        recipe: the run.
+        cpus: of the whole cluster.
+    """
+    trainers = recipe.trainer.num_workers * recipe.trainer.cpus_per_worker
+    left = cpus - trainers
+    if left + 1e-6 < recipe.data.task_cpus:
+        raise ConfigError(
+            f"expected at least {recipe.data.task_cpus:g} CPUs for reading and transforming beside the trainers, "
+            f"found {max(left, 0):g}: the cluster has {cpus:g} and {recipe.trainer.num_workers} trainers take "
+            f"{trainers:g}; lower --trainer.cpus-per-worker, --trainer.num-workers or --data.task-cpus, "
+            "or add data workers"
+        )
+
+
+def check_gpus(recipe: Recipe, gpus: float) -> bool:
+    """Whether each rank takes a GPU."""
+    if recipe.trainer.use_gpu is None:
+        return gpus >= recipe.trainer.num_workers
+    if recipe.trainer.use_gpu and gpus < recipe.trainer.num_workers:
+        raise ConfigError(
+            f"expected a GPU for each of {recipe.trainer.num_workers} ranks, found {gpus:g} in the cluster; "
+            "lower --trainer.num-workers, add GPU nodes, or leave --trainer.use-gpu out to train on CPUs"
+        )
+    return recipe.trainer.use_gpu
+
+
+def check_amount(recipe: Recipe, train_cases: int) -> None:
+    """At least one whole batch for every rank."""
+    wanted = recipe.trainer.batch_size * recipe.trainer.num_workers
+    if wanted > train_cases:
+        raise ConfigError(
+            f"expected at least {wanted} training cases, one batch of {recipe.trainer.batch_size} for each of "
+            f"{recipe.trainer.num_workers} ranks, found {train_cases}; lower --trainer.batch-size or add cases"
+        )
+
+
+def check_smallest(recipe: Recipe, manifest: Manifest) -> None:
+    """The smallest image must hold a patch; it is found by its bytes, and one object is read."""
+    sizes = manifest.table["image_bytes"].to_numpy()
+    case = cases_of(manifest.take(np.asarray([int(np.argmin(sizes))])))[0]
+    store = open_store(manifest.images_uri, recipe.data.store)
+    name = store.uri_of(case.image.name)
+    header, _ = parse_npy(store.fetch([case.image])[0], name)
+    shape, patch = header.shape[1:], recipe.data.crop.patch
+    if len(header.shape) == 4 and any(have < want for have, want in zip(shape, patch, strict=True)):
+        raise ConfigError(
+            f"expected every volume to hold a patch of {patch}, found {shape} in the smallest, {name}; "
+            "choose a smaller --data.crop.patch, or prepare the cases with a larger --shape"
+        )
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """About what one checkpoint takes."""
+    with torch.device("meta"):
+        parameters = sum(math.prod(p.shape) for p in UNet3D(recipe.model).parameters())
+    return 4 * parameters * CHECKPOINT_COPIES.get(recipe.optimizer.name, 3)
+
+
+def check_space(recipe: Recipe, run_dir: str) -> None:
+    """Room for the checkpoints that are kept, and the one being written; local folders only."""
+    if "://" in run_dir:
+        return
+    folder = Path(run_dir)
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ConfigError(f"expected a folder to keep the run in, found the file {folder}; choose another --run-dir")
+    needed = checkpoint_bytes(recipe) * (recipe.trainer.checkpoints_kept + 1)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"expected {needed / 2**20:.0f} MiB for checkpoints in {run_dir}, found {free / 2**20:.0f} MiB free; "
+            "choose another --run-dir or lower --trainer.checkpoints-kept"
+        )
+
+
+def check_cluster(recipe: Recipe) -> bool:
+    """CPUs and GPUs of the cluster that Ray is connected to; whether each rank takes a GPU."""
+    resources = ray.cluster_resources()
+    check_cpus(recipe, resources.get("CPU", 0.0))
+    return check_gpus(recipe, resources.get("GPU", 0.0))

@@ -1,0 +1,55 @@
+"""Named complete configurations; every field can be set from the command line."""
+
+from __future__ import annotations
+
+from ingest.augment import AugmentConfig
+from ingest.crop import CropConfig
+from ingest.pipeline import DataConfig
+from ingest.plan import ShardConfig
+
+from .config import DemoConfig, Recipe, TrainerConfig
+from .evaluate import SlidingWindowConfig
+from .optimizer import OptimizerConfig
+from .unet3d import UNet3DConfig
+
+DEMO = Recipe(
+    data=DataConfig(
+        crop=CropConfig(patch=(32, 32, 32)),
+        # MLPerf's brightness multiplies by 1.7 to 2.3, which z-scored MR volumes never show: ±30 % here.
+        augment=AugmentConfig(brightness_range=(-0.3, 0.3)),
+        shards=ShardConfig(shard_cases=32),
+        holdout_fraction=0.1,
+    ),
+    model=UNet3DConfig(filters=(8, 16, 32), bottleneck=64, norm="instancenorm"),
+    optimizer=OptimizerConfig(name="adamw", learning_rate=3e-3, warmup_epochs=1),
+    window=SlidingWindowConfig(roi=(32, 32, 32), overlap=0.25),
+    # Half a CPU a trainer leaves one of two for reading and transforming.
+    trainer=TrainerConfig(
+        num_workers=2, cpus_per_worker=0.5, batch_size=4, epochs=8, evaluate_every=2, use_gpu=False
+    ),
+    demo=DemoConfig(),
+)
+
+# The reference: GoogleCloudPlatform/dataflux-pytorch, demo/image-segmentation (8 GPUs, 32³ volumes and patches).
+KITS19_SMALL = Recipe(
+    data=DataConfig(crop=CropConfig(patch=(32, 32, 32))),
+    model=UNet3DConfig(norm="batchnorm"),
+    optimizer=OptimizerConfig(name="sgd", learning_rate=0.8, warmup_epochs=20),
+    window=SlidingWindowConfig(roi=(32, 32, 32)),
+    trainer=TrainerConfig(num_workers=8, batch_size=32, epochs=100, evaluate_every=10),
+)
+
+# MLPerf Training's image segmentation: mlcommons/training, retired_benchmarks/unet3d/pytorch.
+KITS19_MLPERF = Recipe(
+    data=DataConfig(crop=CropConfig(patch=(128, 128, 128)), shards=ShardConfig(shard_cases=16), holdout_fraction=0.2),
+    model=UNet3DConfig(norm="instancenorm"),
+    optimizer=OptimizerConfig(name="sgd", learning_rate=0.8, warmup_epochs=200),
+    window=SlidingWindowConfig(roi=(128, 128, 128)),
+    trainer=TrainerConfig(num_workers=8, batch_size=2, epochs=4000, evaluate_from=999, evaluate_every=20),
+)
+
+RECIPES: dict[str, tuple[str, Recipe]] = {
+    "demo": ("minutes on a laptop: MNI152-derived cases on an embedded server, a small U-Net", DEMO),
+    "kits19-small": ("the reference demo: 32³, batch 32, 100 epochs, 8 ranks", KITS19_SMALL),
+    "kits19-mlperf": ("MLPerf's image segmentation: 128³, instance norm, target mean Dice 0.908", KITS19_MLPERF),
+}
