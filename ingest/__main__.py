@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 import tyro
 from rich.console import Console
@@ -13,6 +14,8 @@ from rich.logging import RichHandler
 from . import commands
 from .errors import IngestError
 from .prepare import PrepareConfig, prepare
+
+T = TypeVar("T")
 
 
 def _prepare(arguments: list[str], console: Console) -> int:
@@ -33,12 +36,12 @@ def _digest(arguments: list[str], console: Console) -> int:
     return commands.digest(_parse(commands.DigestConfig, "digest", arguments), console)
 
 
-def _serve(arguments: list[str], console: Console) -> int:
+def _serve(arguments: list[str], console: Console) -> int:  # noqa: ARG001  all commands have one signature
     command: list[str] = []
     if "--" in arguments:
         at = arguments.index("--")
         arguments, command = arguments[:at], arguments[at + 1 :]
-    return commands.serve(_parse(commands.ServeConfig, "serve", arguments), command, console)
+    return commands.serve(_parse(commands.ServeConfig, "serve", arguments), command)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
@@ -50,7 +53,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
 }
 
 
-def _parse(kind: type, name: str, arguments: list[str]) -> object:
+def _parse(kind: type[T], name: str, arguments: list[str]) -> T:
     return tyro.cli(kind, prog=f"python -m ingest {name}", args=arguments)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .crop import CropConfig, Shape
-from .decode import DecodeConfig, decode_case
+from .decode import DecodeConfig, LabelMap, Volume, decode_case
 from .errors import ConfigError, DecodeError
 from .index import index_cases
 from .listing import list_objects
@@ -24,6 +25,7 @@ from .pairing import PairingConfig, describe_problems, join_by_key
 from .plan import ShardConfig, plan_epoch
 from .stores.base import StoreConfig, open_store
 from .transport import choose_transport, place_facts
+from .unwrap import own_error
 
 MIB = 2**20
 
@@ -49,9 +51,7 @@ def index(config: IndexConfig, console: Console) -> int:
     """Save the manifest."""
     found = index_cases(config.images, config.labels, config.store, config.pairing)
     found.manifest.save(config.output, config.store)
-    console.print(
-        f"{len(found.manifest)} cases, {len(found.problems)} objects in none; saved to {config.output}"
-    )
+    console.print(f"{len(found.manifest)} cases, {len(found.problems)} objects in none; saved to {config.output}")
     return 0
 
 
@@ -101,9 +101,7 @@ def inspect(config: InspectConfig, console: Console) -> int:
             ", ".join(f"{name} {count:,}" for name, count in sorted(classes.items())),
         )
     console.print(table)
-    pairing = join_by_key(
-        listed["images"], listed["labels"], config.pairing, same_place=images.uri == labels.uri
-    )
+    pairing = join_by_key(listed["images"], listed["labels"], config.pairing, same_place=images.uri == labels.uri)
     console.print(
         f"{len(pairing.cases):,} cases, {len(pairing.problems):,} objects in none, {pairing.ignored:,} not .npy"
     )
@@ -118,7 +116,8 @@ def inspect(config: InspectConfig, console: Console) -> int:
     sizes_bytes = manifest.case_bytes()
     plan = plan_epoch(case_bytes=sizes_bytes, seed=config.seed, epoch=0, shards=config.shards)
     console.print(
-        f"an epoch reads {len(manifest):,} cases, {int(sizes_bytes.sum()) / MIB:,.1f} MiB, in {plan.num_shards:,} shards"
+        f"an epoch reads {len(manifest):,} cases, {int(sizes_bytes.sum()) / MIB:,.1f} MiB, "
+        f"in {plan.num_shards:,} shards"
     )
     for role, uri in (("images", images.uri), ("labels", labels.uri)):
         for fact in place_facts(uri, config.store):
@@ -132,9 +131,9 @@ def _inspect_sample(manifest: Manifest, config: InspectConfig, console: Console)
     """Read and decode some cases, table what they are, draw a few; returns how many are bad."""
     from .overlay import draw_overlays
 
-    chosen = plan_epoch(
-        case_bytes=manifest.case_bytes(), seed=config.seed, epoch=0, shards=ShardConfig()
-    ).order[: config.sample]
+    chosen = plan_epoch(case_bytes=manifest.case_bytes(), seed=config.seed, epoch=0, shards=ShardConfig()).order[
+        : config.sample
+    ]
     images, labels = (
         open_store(uri, dataclasses.replace(config.store, transport="direct"))
         for uri in (manifest.images_uri, manifest.labels_uri)
@@ -142,7 +141,7 @@ def _inspect_sample(manifest: Manifest, config: InspectConfig, console: Console)
     shapes: Counter[tuple[int, ...]] = Counter()
     voxels = np.zeros(config.decode.num_classes, dtype=np.int64)
     present = np.zeros(config.decode.num_classes, dtype=np.int64)
-    drawn = []
+    drawn: list[tuple[str, Volume, LabelMap]] = []
     bad: list[str] = []
     for case in cases_of(manifest.take(chosen)):
         try:
@@ -212,7 +211,7 @@ class DigestConfig:
 
 def digest(config: DigestConfig, console: Console) -> int:
     """Run the pipeline as training would, and print `digest HEX samples N` last."""
-    from .digest import combine, digest_batches
+    from .digest import Digests, combine, digest_batches
     from .pipeline import DataConfig, training_dataset
 
     data = DataConfig(
@@ -231,9 +230,15 @@ def digest(config: DigestConfig, console: Console) -> int:
     console.print(f"{len(manifest)} cases; reading by {choice.transport}: {choice.reason}")
     with _local_ray():
         dataset = training_dataset(manifest, data)
-        found = {}
+        found: Digests = {}
         for epoch in range(config.epochs):
-            found |= digest_batches(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+            try:
+                found |= digest_batches(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+            except Exception as error:
+                ours = own_error(error)
+                if ours is None:
+                    raise
+                raise ours from error
             console.print(f"epoch {epoch}: {sum(e == epoch for e, _ in found)} samples")
     print(f"digest {combine(found)} samples {len(found)}")
     return 0
@@ -250,7 +255,7 @@ def _local_ray() -> Iterator[None]:
         ray.init(
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="WARNING",
+            logging_level=logging.WARNING,
             runtime_env={"env_vars": {"STORAGE_EMULATOR_HOST": host}} if host else None,
         )
     try:
@@ -268,11 +273,11 @@ class ServeConfig:
     data: str | None = None
     """Folder whose sub-folders become buckets; None serves an empty server."""
 
-    port: int | None = None
-    """Port on 127.0.0.1; None takes a free one."""
+    port: int = 0
+    """Port on 127.0.0.1; 0 takes a free one."""
 
 
-def serve(config: ServeConfig, command: list[str], console: Console) -> int:
+def serve(config: ServeConfig, command: list[str]) -> int:
     """Serve until interrupted, or until the command ends, whose status is returned."""
     from .emulator import serve as serve_folder
 

@@ -96,14 +96,10 @@ def draw_start(
         if found:
             candidates = found[_below(len(found), uniforms[1])]
             box = candidates[_below(len(candidates), uniforms[2])]
-            d, h, w = (
-                _around(box[axis], config.patch[axis], shape[axis], uniforms[3 + axis]) for axis in range(3)
-            )
+            d, h, w = (_around(box[axis], config.patch[axis], shape[axis], uniforms[3 + axis]) for axis in range(3))
             return d, h, w
     extra = 1 if config.last_start else 0
-    d, h, w = (
-        _below(max(1, shape[axis] - config.patch[axis] + extra), uniforms[3 + axis]) for axis in range(3)
-    )
+    d, h, w = (_below(max(1, shape[axis] - config.patch[axis] + extra), uniforms[3 + axis]) for axis in range(3))
     return d, h, w
 
 

@@ -41,7 +41,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
             store: how workers open the two places; its transport is resolved.
             fetch: how a read task walks through its shard.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._manifest = manifest
         self._plan = plan
         self._first_epoch = first_epoch
@@ -83,7 +83,5 @@ class PairedVolumeDatasource(ray.data.Datasource):
             )
             read = functools.partial(read_shard, spec)
             functools.update_wrapper(read, read_shard)  # Ray names a read task by its function's __name__
-            tasks.append(
-                ReadTask(read, metadata, schema=RAW_SCHEMA, per_task_row_limit=per_task_row_limit)
-            )
+            tasks.append(ReadTask(read, metadata, schema=RAW_SCHEMA, per_task_row_limit=per_task_row_limit))
         return tasks

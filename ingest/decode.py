@@ -44,9 +44,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_classes <= 256:
-            raise ConfigError(
-                f"num_classes must be from 2 to 256, since labels are uint8; got {self.num_classes}"
-            )
+            raise ConfigError(f"num_classes must be from 2 to 256, since labels are uint8; got {self.num_classes}")
         if self.channels < 1:
             raise ConfigError(f"channels must be 1 or more; got {self.channels}")
 
@@ -136,7 +134,8 @@ def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any
         )
     if len(header.shape) != 4 or 0 in header.shape:
         raise DecodeError(
-            f"{name}: expected 4 axes (C, D, H, W), none empty, found shape {header.shape}; save it with a channel axis",
+            f"{name}: expected 4 axes (C, D, H, W), none empty, found shape {header.shape}; "
+            "save it with a channel axis",
             "rank",
         )
     voxels = math.prod(header.shape)
@@ -191,9 +190,7 @@ def decode_case(
             f"{label_1DHW.shape[1:]} in {label_name}; resample one to the other or leave the case out",
             "shape-mismatch",
         )
-    if smallest is not None and any(
-        have < want for have, want in zip(image_CDHW.shape[1:], smallest, strict=True)
-    ):
+    if smallest is not None and any(have < want for have, want in zip(image_CDHW.shape[1:], smallest, strict=True)):
         raise DecodeError(
             f"{image_name}: expected a volume of at least the patch {smallest}, found {image_CDHW.shape[1:]}; "
             "pad it, choose a smaller --data.crop.patch, or leave the case out",
@@ -212,7 +209,8 @@ def decode_case(
     if not math.isfinite(total):
         bad = int(np.count_nonzero(~np.isfinite(image_CDHW)))
         raise DecodeError(
-            f"{image_name}: expected finite voxels, found {bad} that are NaN or infinite; mend the image or leave the case out",
+            f"{image_name}: expected finite voxels, found {bad} that are NaN or infinite; "
+            "mend the image or leave the case out",
             "non-finite",
         )
     return image_CDHW, label_1DHW

@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal
@@ -166,6 +166,14 @@ class EmbeddedServer:
                     ) from error
             time.sleep(0.02)
 
+    def check(self) -> None:
+        """Raise UnreachableError if the server has ended by itself."""
+        if self._process is not None and self._process.poll() is not None:
+            raise UnreachableError(
+                f"expected the embedded server to go on at {self.url}, found it ended with status "
+                f"{self._process.returncode}; its log ends: {self.log_tail()!r}; start it again"
+            )
+
     def log_tail(self, limit_bytes: int = 2000) -> str:
         """The end of what the server wrote."""
         if self._scratch is None:
@@ -250,11 +258,64 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def serve(data: str | Path | None = None, port: int = 0, command: Sequence[str] = ()) -> int:
+    """Run the server for a command, or until SIGINT or SIGTERM; what `python -m ingest serve` does.
+
+    To be called in the main thread, whose handlers of these signals it replaces while it runs.
+
+    Args:
+        data: a folder whose ``BUCKET/…`` are served.
+        port: TCP port on 127.0.0.1; 0 takes a free one.
+        command: run with STORAGE_EMULATOR_HOST set; signals are passed on to it. Empty serves until interrupted.
+
+    Returns:
+        The command's exit status (128 + N when signal N ended it); 0 without a command.
+
+    Raises:
+        ConfigError: `data` is not a folder, or the command cannot be started.
+        MissingDependencyError: the server's binary is not installed.
+        UnreachableError: the server did not start, or ended by itself.
+    """
+    with EmbeddedServer(data=data, port=port) as server:
+        if command:
+            return _run_beside(server, command)
+        print(f"export {EMULATOR_VARIABLE}={server.url}", flush=True)
+        stopped = threading.Event()
+        with _handling_signals(lambda _number, _frame: stopped.set()):
+            while not stopped.wait(0.5):
+                server.check()
+        return 0
+
+
+def _run_beside(server: EmbeddedServer, command: Sequence[str]) -> int:
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        if process is None:
+            early.append(number)
+        # A terminal sends Ctrl-C to the command as well; a second one would end it at once.
+        elif not (number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()):
+            process.send_signal(number)
+
+    with _handling_signals(pass_on):
+        try:
+            process = subprocess.Popen(list(command), env={**os.environ, **server.env()})
+        except OSError as error:
+            raise ConfigError(
+                f"expected a command that can be started, found {command[0]!r}: {error.strerror}; check its name"
+            ) from error
+        for number in early:
+            process.send_signal(number)
+        status = process.wait()
+    return status if status >= 0 else 128 - status
+
+
 @contextlib.contextmanager
-def _on_signals(handle: signal.Handlers | object) -> Iterator[None]:
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}  # type: ignore
+def _handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -92,9 +92,9 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
     chunks = _chunks(cases, spec.fetch)
     ahead = spec.fetch.chunks_ahead
     with concurrent.futures.ThreadPoolExecutor(2 * (ahead + 1), thread_name_prefix="fetch") as pool:
-        pending: collections.deque[
-            tuple[slice, tuple[concurrent.futures.Future[list[bytes | ObjectError]], ...]]
-        ] = collections.deque()
+        pending: collections.deque[tuple[slice, tuple[concurrent.futures.Future[list[bytes | ObjectError]], ...]]] = (
+            collections.deque()
+        )
         try:
             for number in range(len(chunks) + ahead):
                 if number < len(chunks):

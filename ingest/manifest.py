@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import posixpath
 from collections.abc import Callable, Sequence
@@ -68,9 +69,7 @@ class Manifest:
 
     def case_bytes(self) -> npt.NDArray[np.int64]:
         """Bytes of image and label together, (N,) int64, by index."""
-        sizes: npt.NDArray[np.int64] = (
-            self.table["image_bytes"].to_numpy() + self.table["label_bytes"].to_numpy()
-        )
+        sizes: npt.NDArray[np.int64] = self.table["image_bytes"].to_numpy() + self.table["label_bytes"].to_numpy()
         return sizes
 
     def take(self, indices: npt.NDArray[np.int64]) -> pa.Table:
@@ -86,9 +85,7 @@ class Manifest:
             "labels_uri": self.labels_uri,
         }
         sink = io.BytesIO()
-        pq.write_table(
-            self.table.replace_schema_metadata({FORMAT: json.dumps(about)}), sink, compression="zstd"
-        )
+        pq.write_table(self.table.replace_schema_metadata({FORMAT: json.dumps(about)}), sink, compression="zstd")
         return sink.getvalue()
 
     @classmethod
@@ -148,9 +145,7 @@ class Manifest:
                 )
             data = store.fetch([found])[0]
         except ObjectError as error:
-            raise ManifestError(
-                f"{uri}: the manifest changed while it was read ({error}); try again"
-            ) from error
+            raise ManifestError(f"{uri}: the manifest changed while it was read ({error}); try again") from error
         except StoreError as error:
             raise ManifestError(f"{uri}: the manifest cannot be read: {error}") from error
         return cls.from_bytes(data, name=uri)
@@ -195,7 +190,7 @@ def _minimum(column: pa.ChunkedArray) -> int:
 
 
 def _strictly_increasing(ids: list[str]) -> bool:
-    return all(before < after for before, after in zip(ids, ids[1:], strict=False))
+    return all(before < after for before, after in itertools.pairwise(ids))
 
 
 def _split_uri(uri: str) -> tuple[str, str]:

@@ -70,9 +70,7 @@ class PairingConfig:
             try:
                 groups = re.compile(pattern).groups
             except re.error as error:
-                raise ConfigError(
-                    f"{field}: {pattern!r} is not a regular expression ({error}); mend it"
-                ) from error
+                raise ConfigError(f"{field}: {pattern!r} is not a regular expression ({error}); mend it") from error
             if groups != 1:
                 raise ConfigError(
                     f"{field}: expected one group, the key, found {groups} in {pattern!r}; "
@@ -103,9 +101,7 @@ def choose_patterns(
     if config.image_pattern is not None and config.label_pattern is not None:
         return re.compile(config.image_pattern), re.compile(config.label_pattern)
     suffixed_image, suffixed_label = re.compile(SUFFIXED_IMAGE), re.compile(SUFFIXED_LABEL)
-    if any(suffixed_image.fullmatch(o.name) for o in images) and any(
-        suffixed_label.fullmatch(o.name) for o in labels
-    ):
+    if any(suffixed_image.fullmatch(o.name) for o in images) and any(suffixed_label.fullmatch(o.name) for o in labels):
         return suffixed_image, suffixed_label
     return re.compile(EQUAL_NAMES), re.compile(EQUAL_NAMES)
 
@@ -162,9 +158,7 @@ def join_by_key(
             ("image", image_entries, "image-without-label"),
             ("label", label_entries, "label-without-image"),
         ):
-            problems.extend(
-                Problem("duplicate-key" if doubled else orphan, role, e.name, key) for e in entries
-            )
+            problems.extend(Problem("duplicate-key" if doubled else orphan, role, e.name, key) for e in entries)
     return Pairing(cases=cases, problems=problems, ignored=ignored)
 
 

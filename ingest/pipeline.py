@@ -141,9 +141,7 @@ def training_dataset(
         consumed=consumed,
         multiple=multiple,
     )
-    source = PairedVolumeDatasource(
-        manifest, plan, first_epoch=first_epoch, store=config.store, fetch=config.fetch
-    )
+    source = PairedVolumeDatasource(manifest, plan, first_epoch=first_epoch, store=config.store, fetch=config.fetch)
     sample = functools.partial(
         sample_patches,
         sampler=PatchSampler(crop=config.crop, augment=config.augment, seed=config.seed),
@@ -165,13 +163,14 @@ def training_dataset(
     finally:
         context.target_max_block_size, context.execution_options = before
     # batch_size=None and the same resources as the read: what lets Ray fuse the two into one task.
-    return read.map_batches(
+    samples: ray.data.Dataset = read.map_batches(
         sample,
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=config.task_cpus,
         concurrency=config.blocks_in_flight,
     )
+    return samples
 
 
 def execution_options() -> ExecutionOptions:

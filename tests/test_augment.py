@@ -22,7 +22,8 @@ def sample(sampler, image, label, *, epoch=0, index=0):
 
 
 @given(
-    start=st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 5)), flips=st.tuples(*[st.booleans()] * 3)
+    start=st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 5)),
+    flips=st.tuples(*[st.booleans()] * 3),
 )
 def test_crop_and_flips_move_image_and_label_alike(start, flips):
     out_image, out_label = np.empty((1, 4, 4, 4), np.float32), np.empty((1, 4, 4, 4), np.uint8)
@@ -84,9 +85,7 @@ def test_no_augmentation_is_the_plain_crop():
         np.testing.assert_array_equal(label, CODED_LABEL)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"flip_probability": 2}, {"brightness_range": (1.0, 0.5)}, {"noise_std_max": -1}]
-)
+@pytest.mark.parametrize("bad", [{"flip_probability": 2}, {"brightness_range": (1.0, 0.5)}, {"noise_std_max": -1}])
 def test_augment_config_rejects_what_is_no_probability_or_range(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         AugmentConfig(**bad)

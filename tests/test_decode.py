@@ -75,7 +75,12 @@ HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 4, 5, 6), }"
         (None, npy(LABEL[:, :3]), "shape-mismatch", r"found \(4, 5, 6\) and \(3, 5, 6\) in gs://b/c_y.npy"),
         (None, npy(LABEL.astype(np.int16)), "dtype", "expected dtype uint8, found int16"),
         (None, npy(LABEL + np.uint8(5)), "label-value", "expected label values 0 to 2, found 7"),
-        (npy(np.where(IMAGE == 3, np.nan, IMAGE).astype(np.float32)), None, "non-finite", "found 1 that are NaN"),
+        (
+            npy(np.where(IMAGE == 3, np.nan, IMAGE).astype(np.float32)),
+            None,
+            "non-finite",
+            "found 1 that are NaN",
+        ),
         (npy(np.where(IMAGE > 117, np.inf, IMAGE).astype(np.float32)), None, "non-finite", "found 2 that"),
     ],
 )

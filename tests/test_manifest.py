@@ -29,7 +29,10 @@ def manifest(*keys: str) -> Manifest:
 
 
 keys = st.lists(
-    st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20), min_size=1, max_size=30, unique=True
+    st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20),
+    min_size=1,
+    max_size=30,
+    unique=True,
 )
 
 
@@ -68,13 +71,19 @@ GOOD = manifest("a", "b").table
         (b"", "expected a Parquet file that voxflux saved"),
         (b"PAR1 but not really", "expected a Parquet file that voxflux saved"),
         (manifest("a").to_bytes()[:-20], "expected a Parquet file that voxflux saved"),
-        (parquet(GOOD, {"version": 99, "images_uri": "a", "labels_uri": "b"}), "expected manifest version 1, found 99"),
+        (
+            parquet(GOOD, {"version": 99, "images_uri": "a", "labels_uri": "b"}),
+            "expected manifest version 1, found 99",
+        ),
         (parquet(GOOD, {"version": 1, "images_uri": 1, "labels_uri": "b"}), "expected two URIs"),
         (parquet(GOOD.drop_columns(["label"])), "expected the columns"),
         (parquet(GOOD.slice(0, 0)), "expected at least one case"),
         (parquet(pa.concat_tables([GOOD, GOOD])), "expected case ids in order, each once"),
         (parquet(GOOD.take([1, 0])), "expected case ids in order, each once"),
-        (parquet(GOOD.set_column(5, SCHEMA.field("label"), [["a_y.npy"] * 2])), "expected each object in one case only"),
+        (
+            parquet(GOOD.set_column(5, SCHEMA.field("label"), [["a_y.npy"] * 2])),
+            "expected each object in one case only",
+        ),
         (parquet(GOOD.set_column(2, SCHEMA.field("image_bytes"), [[1, -1]])), "expected sizes of 0 or more"),
         (
             parquet(GOOD.set_column(1, pa.field("image", pa.string()), [["a_x.npy", None]])),

@@ -39,7 +39,8 @@ def test_pairing_never_joins_two_keys_whatever_the_order_and_the_orphans(both, i
 
 @given(
     names=st.lists(
-        st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.sampled_from(["_x.npy", "_y.npy"])), max_size=20
+        st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.sampled_from(["_x.npy", "_y.npy"])),
+        max_size=20,
     ),
 )
 def test_pairing_accounts_for_every_object_and_pairs_no_doubled_key(names):
@@ -60,16 +61,12 @@ def test_pairing_rejects_label_without_image():
 
 def test_pairing_rejects_image_without_label_and_names_the_first_few():
     images = objects(*(f"c{i}_x.npy" for i in range(6)))
-    with pytest.raises(
-        PairingError, match=r"5 of 6 images have no label: c1_x\.npy, c2_x\.npy, c3_x\.npy and 2 more"
-    ):
+    with pytest.raises(PairingError, match=r"5 of 6 images have no label: c1_x\.npy, c2_x\.npy, c3_x\.npy and 2 more"):
         pair_cases(images, objects("c0_y.npy"))
 
 
 def test_pairing_quarantines_orphans_when_asked(caplog):
-    pairing = pair_cases(
-        objects("a_x.npy", "b_x.npy"), objects("a_y.npy"), PairingConfig(on_orphan="quarantine")
-    )
+    pairing = pair_cases(objects("a_x.npy", "b_x.npy"), objects("a_y.npy"), PairingConfig(on_orphan="quarantine"))
     assert [case.case_id for case in pairing.cases] == ["a"]
     assert [(p.kind, p.name) for p in pairing.problems] == [("image-without-label", "b_x.npy")]
     assert "b_x.npy" in caplog.text
@@ -77,9 +74,7 @@ def test_pairing_quarantines_orphans_when_asked(caplog):
 
 def test_pairing_rejects_a_key_that_two_images_share():
     config = PairingConfig(image_pattern=r"(?:.*/)?(\w+)_x\.npy", label_pattern=r"(?:.*/)?(\w+)_y\.npy")
-    with pytest.raises(
-        PairingError, match=r"2 of 2 images share their key with another object \(first key: 'a'\)"
-    ):
+    with pytest.raises(PairingError, match=r"2 of 2 images share their key with another object \(first key: 'a'\)"):
         pair_cases(objects("old/a_x.npy", "new/a_x.npy"), objects("a_y.npy"), config)
 
 

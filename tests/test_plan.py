@@ -1,5 +1,6 @@
 """The plan of an epoch: pure, complete, and the same for the same seed."""
 
+import itertools
 import time
 import tracemalloc
 
@@ -29,7 +30,7 @@ def test_no_shard_is_over_its_limits_unless_one_case_is(case_bytes, shard_bytes,
     bounds = shard_bounds(case_bytes, config)
     assert bounds[0] == 0
     assert bounds[-1] == len(case_bytes)
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         assert 0 < stop - start <= shard_cases
         assert stop - start == 1 or case_bytes[start:stop].sum() <= shard_bytes
 
@@ -37,9 +38,7 @@ def test_no_shard_is_over_its_limits_unless_one_case_is(case_bytes, shard_bytes,
 @given(sizes, st.integers(1, 16), st.data())
 def test_consumed_cases_and_the_tail_are_left_out_and_the_rest_keep_their_order(case_bytes, multiple, data):
     total = len(case_bytes)
-    consumed = np.array(
-        sorted(data.draw(st.sets(st.integers(0, total - 1), max_size=total))), dtype=np.int64
-    )
+    consumed = np.array(sorted(data.draw(st.sets(st.integers(0, total - 1), max_size=total))), dtype=np.int64)
     plan = plan_epoch(
         case_bytes=case_bytes, seed=5, epoch=3, shards=ShardConfig(), consumed=consumed, multiple=multiple
     )

@@ -123,9 +123,10 @@ def from_json(text: str) -> Recipe:
         ConfigError: it is not such a tree.
     """
     try:
-        return _build(Recipe, json.loads(text))
+        recipe: Recipe = _build(Recipe, json.loads(text))
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"expected a saved recipe, found something else ({error}); check the file") from error
+    return recipe
 
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ import ray.train
 import ray.train.torch
 from rich.console import Console
 
-from ingest.errors import ConfigError, IngestError
+from ingest.errors import ConfigError
 from ingest.index import index_cases
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, execution_options, training_dataset
 from ingest.plan import split_holdout
 from ingest.stores import open_store
+from ingest.unwrap import own_error
 
 from . import preflight
 from .config import Recipe
@@ -94,7 +96,7 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray
     storage_path, _, name = run_dir.rstrip("/").rpartition("/")
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
-        train_loop_config=job,  # type: ignore[arg-type]  # any picklable value is handed on as it is
+        train_loop_config={"job": job},
         datasets={"train": functools.partial(training_dataset, manifest, recipe.data)},
         dataset_config=ray.train.DataConfig(execution_options=execution_options()),
         scaling_config=ray.train.ScalingConfig(
@@ -107,7 +109,7 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray
             storage_path=storage_path,
             failure_config=ray.train.FailureConfig(max_failures=recipe.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.trainer.checkpoints_kept),
-            callbacks=[MetricsWriter(run_dir)],
+            callbacks=[MetricsWriter(run_dir)],  # type: ignore[list-item]  # Ray's stub speaks of Train V1
         ),
     )
     try:
@@ -117,34 +119,6 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray
         if ours is not None:
             raise ours from error
         raise
-
-
-def own_error(error: BaseException) -> IngestError | None:
-    """The error of ours that Ray's errors wrap, if there is one."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        current = waiting.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, IngestError):
-            return _plain(current)
-        waiting += [current.__cause__, current.__context__]
-        for attribute in ("cause", "controller_failure", "_base_exc"):
-            inner = getattr(current, attribute, None)
-            if isinstance(inner, BaseException):
-                waiting.append(inner)
-        failures = getattr(current, "worker_failures", None)
-        if isinstance(failures, dict):
-            waiting += [failure for failure in failures.values() if isinstance(failure, BaseException)]
-    return None
-
-
-def _plain(error: IngestError) -> IngestError:
-    """Without the remote traceback that Ray's mixed-in class prints as the message."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, IngestError) else error
 
 
 def resolve_run_dir(recipe: Recipe, name: str) -> str:
@@ -159,7 +133,7 @@ def resolve_run_dir(recipe: Recipe, name: str) -> str:
 def data_of(recipe: Recipe, console: Console) -> Iterator[Recipe]:
     """The recipe with its URIs: the given ones, or, for a demo, those of cases made on the spot and served."""
     data = recipe.data
-    if data.images and data.labels or data.manifest:
+    if (data.images and data.labels) or data.manifest:
         yield recipe
         return
     if recipe.demo is None or data.images or data.labels:
@@ -225,7 +199,7 @@ def connected_ray(console: Console) -> Iterator[None]:
         ray.init(
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="WARNING",
+            logging_level=logging.WARNING,
             runtime_env=runtime_env,
         )
     try:

@@ -16,6 +16,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+from ingest.stall import StallMeter
 from ray.data import DataIterator
 from ray.data.collate_fn import NumpyBatchCollateFn
 
@@ -25,7 +26,6 @@ from ingest.fetch import ShardSpec, read_shard
 from ingest.manifest import Manifest
 from ingest.pipeline import views
 from ingest.plan import Indices
-from ingest.stall import StallMeter
 
 from .config import Recipe
 from .evaluate import score_case
@@ -58,7 +58,7 @@ class LoopJob:
 class ToTensors(NumpyBatchCollateFn):
     """Makes tensors of a batch's columns, without a copy where the block may be written to."""
 
-    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> Batch:
+    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> Any:
         """`image` (N, C, D, H, W) float32, `label` (N, 1, D, H, W) uint8, `index` and `epoch` (N,) int64."""
         return {
             name: torch.from_numpy(batch[name] if batch[name].flags.writeable else batch[name].copy())
@@ -66,13 +66,17 @@ class ToTensors(NumpyBatchCollateFn):
         }
 
 
-def train_loop(job: LoopJob) -> None:
+def train_loop(config: dict[str, Any]) -> None:
     """Train this rank's share of every epoch, and report once an epoch.
+
+    Args:
+        config: `job`, a `LoopJob`.
 
     Raises:
         ConfigError: an epoch left this rank without a single whole batch.
         RuntimeError: Ray Data delivered another epoch than the one that is trained.
     """
+    job: LoopJob = config["job"]
     recipe, context = job.recipe, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -196,9 +200,7 @@ class Scores:
     cases: int
 
 
-def evaluate(
-    network: torch.nn.Module, job: LoopJob, rank: int, world_size: int, device: torch.device
-) -> Scores:
+def evaluate(network: torch.nn.Module, job: LoopJob, rank: int, world_size: int, device: torch.device) -> Scores:
     """Score every held-out case exactly once, over all ranks.
 
     Raises:

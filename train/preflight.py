@@ -96,7 +96,7 @@ def check_smallest(recipe: Recipe, manifest: Manifest) -> None:
 def checkpoint_bytes(recipe: Recipe) -> int:
     """About what one checkpoint takes."""
     with torch.device("meta"):
-        parameters = sum(math.prod(p.shape) for p in UNet3D(recipe.model).parameters())
+        parameters: int = sum(math.prod(p.shape) for p in UNet3D(recipe.model).parameters())
     return 4 * parameters * CHECKPOINT_COPIES.get(recipe.optimizer.name, 3)
 
 
@@ -120,6 +120,6 @@ def check_space(recipe: Recipe, run_dir: str) -> None:
 
 def check_cluster(recipe: Recipe) -> bool:
     """CPUs and GPUs of the cluster that Ray is connected to; whether each rank takes a GPU."""
-    resources = ray.cluster_resources()
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     check_cpus(recipe, resources.get("CPU", 0.0))
     return check_gpus(recipe, resources.get("GPU", 0.0))

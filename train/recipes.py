@@ -24,9 +24,7 @@ DEMO = Recipe(
     optimizer=OptimizerConfig(name="adamw", learning_rate=3e-3, warmup_epochs=1),
     window=SlidingWindowConfig(roi=(32, 32, 32), overlap=0.25),
     # Half a CPU a trainer leaves one of two for reading and transforming.
-    trainer=TrainerConfig(
-        num_workers=2, cpus_per_worker=0.5, batch_size=4, epochs=8, evaluate_every=2, use_gpu=False
-    ),
+    trainer=TrainerConfig(num_workers=2, cpus_per_worker=0.5, batch_size=4, epochs=8, evaluate_every=2, use_gpu=False),
     demo=DemoConfig(),
 )
 
@@ -51,5 +49,8 @@ KITS19_MLPERF = Recipe(
 RECIPES: dict[str, tuple[str, Recipe]] = {
     "demo": ("minutes on a laptop: MNI152-derived cases on an embedded server, a small U-Net", DEMO),
     "kits19-small": ("the reference demo: 32³, batch 32, 100 epochs, 8 ranks", KITS19_SMALL),
-    "kits19-mlperf": ("MLPerf's image segmentation: 128³, instance norm, target mean Dice 0.908", KITS19_MLPERF),
+    "kits19-mlperf": (
+        "MLPerf's image segmentation: 128³, instance norm, target mean Dice 0.908",
+        KITS19_MLPERF,
+    ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, ObjectError, UnknownSchemeError
@@ -146,6 +146,10 @@ class StoreConfig:
             value = getattr(self, field.name)
             if isinstance(value, int | float) and value <= 0:
                 raise ConfigError(f"{field.name} must be above 0; got {value}")
+
+
+Bodies: TypeAlias = list[bytes | ObjectError]
+"""What `fetch_each` returns; named here, since a class with a method `list` cannot say it."""
 
 
 class BaseStore:

@@ -20,7 +20,7 @@ from ..errors import (
     StaleManifestError,
     StoreError,
 )
-from .base import BaseStore, ObjectMeta, StoreConfig
+from .base import BaseStore, Bodies, ObjectMeta, StoreConfig
 
 _TEMPORARY = ".voxflux-tmp-"
 _THREADS = 4  # page cache reads gain little from more; network file systems hide some latency
@@ -94,7 +94,7 @@ class LocalStore(BaseStore):
                     if stat.S_ISREG(status.st_mode):
                         yield ObjectMeta(name, status.st_size, status.st_mtime_ns)
 
-    def fetch_each(self, objects: Sequence[ObjectMeta]) -> list[bytes | ObjectError]:
+    def fetch_each(self, objects: Sequence[ObjectMeta]) -> Bodies:
         """See `Fetches.fetch_each`."""
         if len(objects) > 1 and sum(meta.size_bytes for meta in objects) >= _THREADS_FROM_BYTES:
             with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+_last_refused_s = -math.inf  # by time.monotonic: when a call last gave up on a server that takes no connection
 _CORRUPT_KINDS = frozenset({"truncated", "checksum"})
 
 
@@ -35,6 +38,10 @@ class PassingError(Exception):
         self.kind = kind
         self.detail = detail
         self.retry_after_s = retry_after_s
+
+
+class RefusedError(UnreachableError):
+    """Every try found no server that takes connections: nothing was done, in any try."""
 
 
 class RetryCounts:
@@ -62,9 +69,7 @@ class _Wait(tenacity.wait.wait_base):
     """Full jitter, or what the server asked for when that is longer."""
 
     def __init__(self, config: StoreConfig) -> None:
-        self._jitter = tenacity.wait_random_exponential(
-            multiplier=config.retry_first_s, max=config.retry_longest_s
-        )
+        self._jitter = tenacity.wait_random_exponential(multiplier=config.retry_first_s, max=config.retry_longest_s)
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:
         error = _error_of(retry_state)
@@ -77,23 +82,29 @@ class _Stop:
     def __init__(self, config: StoreConfig, tries: int | None) -> None:
         self._config = config
         self._tries = tries
-        self._only_refused = True
+        self.only_refused = True
         self._corrupt = 0
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
         error = _error_of(retry_state)
         kind = error.kind if error else ""
-        self._only_refused = self._only_refused and kind == "refused"
+        self.only_refused = self.only_refused and kind == "refused"
         self._corrupt += kind in _CORRUPT_KINDS
         deadline_s = self._config.retry_deadline_s
-        if self._only_refused:
-            deadline_s = min(deadline_s, self._config.retry_refused_s)
-        waited_s = (retry_state.seconds_since_start or 0.0) + retry_state.upcoming_sleep
+        if self.only_refused:
+            # One call waits for the server to come up; those queued behind it need not each wait again.
+            if time.monotonic() - _last_refused_s < self._config.retry_refused_s:
+                return True
+            return _waited_s(retry_state) >= min(deadline_s, self._config.retry_refused_s)
         return (
-            waited_s >= deadline_s
+            _waited_s(retry_state) >= deadline_s
             or self._corrupt >= self._config.retry_corrupt_tries
             or (self._tries is not None and retry_state.attempt_number >= self._tries)
         )
+
+
+def _waited_s(retry_state: tenacity.RetryCallState) -> float:
+    return (retry_state.seconds_since_start or 0.0) + retry_state.upcoming_sleep
 
 
 def _error_of(retry_state: tenacity.RetryCallState) -> PassingError | None:
@@ -125,12 +136,14 @@ def with_retries(config: StoreConfig, attempt: Callable[[], T], *, what: str, tr
 
     Raises:
         CorruptObjectError: the bytes were wrong in every try up to the bound.
+        RefusedError: no server took a connection.
         UnreachableError: the deadline came.
     """
+    stop = _Stop(config, tries)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(PassingError),
         wait=_Wait(config),
-        stop=_Stop(config, tries),
+        stop=stop,
         before_sleep=_note,
         reraise=True,
     )
@@ -144,8 +157,10 @@ def with_retries(config: StoreConfig, attempt: Callable[[], T], *, what: str, tr
                 f"{what}: expected bytes that match the listing, found otherwise in {tried}, at last {error.detail}; "
                 f"write the object again, or quarantine its case"
             ) from error
-        if error.kind == "refused":
-            raise UnreachableError(
+        if stop.only_refused:
+            global _last_refused_s
+            _last_refused_s = time.monotonic()
+            raise RefusedError(
                 f"{what}: expected a server that answers, found none in {tried}: {error.detail}; check that it runs "
                 f"and that its address is right (STORAGE_EMULATOR_HOST, or the network to storage.googleapis.com)"
             ) from error

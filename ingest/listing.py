@@ -1,0 +1,115 @@
+"""Lists a place fast and completely: plain first, in parallel where it proves large."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
+
+import rich.console
+import rich.progress
+
+from .errors import EmptyListingError
+from .stores.base import Lists, ObjectMeta, StoreConfig
+
+logger = logging.getLogger(__name__)
+
+_QUIET_S = 2.0
+_LINE_EVERY_S = 10.0
+
+
+@runtime_checkable
+class ListsFast(Protocol):
+    """Can go on with a listing in parallel, from where a plain one stopped."""
+
+    config: StoreConfig
+
+    def list_rest(self, listed: list[ObjectMeta], found: Callable[[int], None]) -> list[ObjectMeta]:
+        """Every object of the place, given the first ones in byte order of names."""
+
+
+def list_objects(store: Lists, *, progress: bool = True) -> list[ObjectMeta]:
+    """List every object of a place, in byte order of names.
+
+    Args:
+        store: the place.
+        progress: show a bar on a terminal, else a log line every 10 s, once a listing takes more than 2 s.
+
+    Raises:
+        EmptyListingError: the place exists and holds no object.
+        PlaceNotFoundError: the bucket or folder does not exist.
+        CredentialsError, PermissionDeniedError, UnreachableError: as named.
+    """
+    with _progress(store.uri, shown=progress) as found:
+        objects = _list(store, found)
+    if not objects:
+        raise EmptyListingError(
+            f"expected objects in {store.uri}, found that it exists and holds none; check the path below the bucket or "
+            f"folder, or upload data there"
+        )
+    _warn_of_classes(store.uri, objects)
+    return objects
+
+
+def _list(store: Lists, found: Callable[[int], None]) -> list[ObjectMeta]:
+    above = store.config.fast_listing_above if isinstance(store, ListsFast) else None
+    objects: list[ObjectMeta] = []
+    for meta in store.list():
+        objects.append(meta)
+        if len(objects) % 1000 == 0:
+            found(len(objects))
+        if above is not None and len(objects) > above and isinstance(store, ListsFast):
+            return store.list_rest(objects, found)
+    return objects
+
+
+def _warn_of_classes(uri: str, objects: list[ObjectMeta]) -> None:
+    # What the fast listing lists carries no class; it gives a warning of its own.
+    classes = collections.Counter(meta.storage_class for meta in objects)
+    others = {name: count for name, count in classes.items() if name not in (None, "STANDARD")}
+    if others:
+        counts = ", ".join(f"{count:,} {name}" for name, count in sorted(others.items()) if name)
+        logger.warning(
+            "%s: %s of %s objects are not of storage class STANDARD (%s); they are listed and read all the same, but "
+            "reading them costs a retrieval fee each epoch: rewrite them as STANDARD",
+            uri,
+            f"{sum(others.values()):,}",
+            f"{len(objects):,}",
+            counts,
+        )
+
+
+@contextlib.contextmanager
+def _progress(uri: str, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    started = time.monotonic()
+    last_line = started
+    bar = rich.progress.Progress(
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("listing {task.description}"),
+        rich.progress.TextColumn("{task.completed:,.0f} objects"),
+        rich.progress.TimeElapsedColumn(),
+        console=rich.console.Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task(uri, total=None)
+
+    def found(count: int) -> None:
+        nonlocal last_line
+        now = time.monotonic()
+        if not shown or now - started < _QUIET_S:
+            return
+        if sys.stderr.isatty():
+            bar.start()
+            bar.update(task, completed=count)
+        elif now - last_line >= _LINE_EVERY_S:
+            last_line = now
+            logger.info("listing %s: %s objects in %.0f s so far", uri, f"{count:,}", now - started)
+
+    try:
+        yield found
+    finally:
+        bar.stop()

@@ -1,0 +1,225 @@
+"""KiTS19 scans to training cases, by the formulas of MLPerf's U-Net3D benchmark.
+
+Source of the formulas: ``preprocess_dataset.py`` of mlcommons/training (retired_benchmarks/unet3d/pytorch).
+
+Axes: KiTS19 stores its NIfTI arrays as (D, H, W), D along the body, and the header's ``pixdim[1:4]`` holds
+the spacing of the same three axes in that order. Both are taken as they are stored, as the reference does; the
+affine is not used to reorient. A NIfTI file written by another tool is usually (W, H, D) and would have to be
+transposed first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DecodeError, EmptyListingError, MissingDependencyError, PairingError, PlaceNotFoundError
+from .case import Pair, case_id
+from .resample import Shape, Spacing, pad_edge, resample_linear, resample_nearest, resampled_shape
+
+FIRST_UNLABELLED = 210
+"""Cases from this one on are the challenge's test cases, published without labels."""
+
+CLIP_HU = (-79.0, 304.0)
+MEAN_HU = 101.0
+STD_HU = 76.9
+CLASSES = 3
+
+IMAGE_FILE = "imaging.nii.gz"
+LABEL_FILE = "segmentation.nii.gz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kits19Source:
+    """Makes cases out of a folder in KiTS19's layout. Deterministic; pickles; safe in threads.
+
+    Attributes:
+        folder: holds ``case_00000/imaging.nii.gz`` and ``case_00000/segmentation.nii.gz``; every node that
+            makes cases must see it under this path.
+        spacing_mm: of the resampled volumes, along D, H and W.
+        shape: volumes smaller than this are padded up to it.
+    """
+
+    folder: str
+    spacing_mm: Spacing
+    shape: Shape
+
+    def make(self, case: int) -> Pair:
+        """Read, resample, normalise and pad one case. See `preprocess` for the result.
+
+        Raises:
+            DecodeError: a file is no NIfTI volume, or the two do not fit together.
+        """
+        image_DHW, label_DHW, spacing_mm = load_pair(Path(self.folder) / case_id(case))
+        return preprocess(image_DHW, label_DHW, spacing_mm, self.spacing_mm, self.shape)
+
+
+def preprocess(
+    image_DHW: npt.NDArray[np.float32],
+    label_DHW: npt.NDArray[np.uint8],
+    spacing_mm: Spacing,
+    target_mm: Spacing,
+    minimum_DHW: Shape,
+) -> Pair:
+    """Resample, clip, normalise and pad, in this order.
+
+    Args:
+        image_DHW: (D, H, W) float32, Hounsfield units. Not changed.
+        label_DHW: (D, H, W) uint8.
+        spacing_mm: of the two, along D, H and W.
+        target_mm: of the result.
+        minimum_DHW: the result has at least this shape.
+
+    Returns:
+        image (1, D, H, W) float32 in [-2.34, 2.64]; label (1, D, H, W) uint8.
+
+    Raises:
+        DecodeError: the volume vanishes at the target spacing.
+    """
+    if spacing_mm != target_mm:
+        shape_DHW = resampled_shape(image_DHW.shape, spacing_mm, target_mm)
+        image_DHW = resample_linear(image_DHW, shape_DHW)
+        label_DHW = resample_nearest(label_DHW, shape_DHW)
+    image_DHW = np.clip(image_DHW, *CLIP_HU)
+    image_DHW -= MEAN_HU
+    image_DHW /= STD_HU
+    return Pair(pad_edge(image_DHW, minimum_DHW)[None], pad_edge(label_DHW, minimum_DHW)[None])
+
+
+def find_cases(folder: str) -> list[int]:
+    """The numbers of the labelled cases (below 210) that `folder` holds, in order.
+
+    Raises:
+        PlaceNotFoundError: the folder does not exist.
+        EmptyListingError: it holds no case.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise PlaceNotFoundError(
+            f"expected the folder of KiTS19 that holds case_00000, case_00001, ...; found no folder "
+            f"{folder!r}; check --input"
+        )
+    entries = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    numbers = [int(name[5:]) for name in entries if re.fullmatch(r"case_\d{5}", name)]
+    labelled = [number for number in numbers if number < FIRST_UNLABELLED]
+    if not labelled:
+        found = f"{len(entries)} other folders, first {entries[:3]}" if entries else "no folder at all"
+        raise EmptyListingError(
+            f"{folder}: expected folders case_00000 to case_00209, found {found}; "
+            "give --input the `data` folder of a KiTS19 checkout"
+        )
+    return labelled
+
+
+def check_files(folder: str, cases: Sequence[int]) -> None:
+    """Refuse, before any work, cases that lack one of their two files.
+
+    Raises:
+        PairingError: with the count and the first few names.
+    """
+    wanted = [f"{case_id(case)}/{name}" for case in cases for name in (IMAGE_FILE, LABEL_FILE)]
+    missing = [name for name in wanted if not (Path(folder) / name).is_file()]
+    if missing:
+        raise PairingError(
+            f"{folder}: expected {IMAGE_FILE} and {LABEL_FILE} in each of {len(cases)} cases, found "
+            f"{len(missing)} files missing, first: {', '.join(missing[:3])}; download them (KiTS19's "
+            "`python -m starter_code.get_imaging` brings the images) or move these cases away"
+        )
+
+
+def load_pair(folder: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], Spacing]:
+    """Read one case and check it.
+
+    Returns:
+        image (D, H, W) float32; label (D, H, W) uint8; the image's spacing in mm along D, H and W.
+
+    Raises:
+        DecodeError: unreadable, not 3-D, shapes that differ, a voxel that is not finite, a label outside 0 to
+            2, or a spacing that is not above 0.
+        MissingDependencyError: nibabel is not installed.
+    """
+    image_path, label_path = folder / IMAGE_FILE, folder / LABEL_FILE
+    image_raw, pixdim = _read_volume(image_path)
+    label_raw, _ = _read_volume(label_path)
+    if image_raw.shape != label_raw.shape:
+        raise DecodeError(
+            f"{folder}: expected image and label of one shape, found image {image_raw.shape} and label "
+            f"{label_raw.shape}; one of the two belongs to another case or was resampled: fetch it anew",
+            "shape-mismatch",
+        )
+    depth_mm, height_mm, width_mm = pixdim
+    if not all(np.isfinite(size) and size > 0 for size in pixdim):
+        raise DecodeError(
+            f"{image_path}: expected a spacing above 0 mm along every axis, found {pixdim}; repair the header",
+            "spacing",
+        )
+    image_DHW = image_raw.astype(np.float32)
+    if not np.isfinite(image_DHW).all():
+        bad = int(image_DHW.size - np.isfinite(image_DHW).sum())
+        raise DecodeError(
+            f"{image_path}: expected finite voxels, found {bad} NaN or infinite ones; fetch the file anew",
+            "not-finite",
+        )
+    label_DHW = label_raw.astype(np.uint8)
+    if not np.array_equal(label_DHW, label_raw) or label_DHW.max(initial=0) >= CLASSES:
+        others = np.setdiff1d(label_raw, np.arange(CLASSES))
+        raise DecodeError(
+            f"{label_path}: expected the labels 0, 1 and 2, found also {others[:5].tolist()}; map them to "
+            "the three classes first",
+            "label-range",
+        )
+    return image_DHW, label_DHW, (depth_mm, height_mm, width_mm)
+
+
+def _read_volume(path: Path) -> tuple[npt.NDArray[Any], list[float]]:
+    """One NIfTI file's array, scaled as its header says, and its header's pixdim[1:4] in mm."""
+    nibabel = import_nibabel()
+    try:
+        file = nibabel.load(path)
+        shape = tuple(file.shape)
+        pixdim = file.header["pixdim"][1:4].tolist()
+        data = np.asarray(file.dataobj) if len(shape) == 3 and 0 not in shape else None
+    except (
+        nibabel.filebasedimages.ImageFileError,
+        nibabel.spatialimages.HeaderDataError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        zlib.error,
+    ) as error:
+        raise DecodeError(
+            f"{path}: expected a gzipped NIfTI volume, found one that cannot be read "
+            f"({type(error).__name__}: {error}); fetch it anew",
+            "not-nifti",
+        ) from error
+    if data is None:
+        raise DecodeError(
+            f"{path}: expected a 3-D volume (D, H, W) with voxels, found shape {shape}; take one volume out of it",
+            "not-3d",
+        )
+    return data, pixdim
+
+
+def import_nibabel() -> ModuleType:
+    """Import nibabel, which only preparing needs.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import nibabel
+    except ImportError as error:
+        raise MissingDependencyError(
+            "expected nibabel, which reads NIfTI files, found it not installed; pip install 'voxflux[demo]'"
+        ) from error
+    module: ModuleType = nibabel
+    return module

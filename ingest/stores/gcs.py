@@ -1,0 +1,269 @@
+"""Google Cloud Storage: listed by google-cloud-storage, read by Dataflux (composed) or obstore (direct)."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from google.cloud import storage
+
+from ..errors import ConfigError, ObjectError, PermissionDeniedError, PlaceNotFoundError, StoreError
+from .base import BaseStore, Bodies, ObjectMeta, StoreConfig
+from .gcs_clients import google_client
+from .gcs_compose import ComposeReader, is_composite
+from .gcs_direct import DirectReader
+from .gcs_errors import AbsentError, call
+
+logger = logging.getLogger(__name__)
+
+COMPOSE_BELOW_BYTES = 1_000_000
+"""Above this mean object size composing gains nothing, by Dataflux's own measurements."""
+
+_FIELDS = "items(name,size,generation,crc32c,storageClass),nextPageToken"
+
+ResolvedTransport = Literal["compose", "direct"]
+Page = tuple[list[ObjectMeta], str | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BucketFacts:
+    """What a bucket's server tells of it; a field is None where it does not.
+
+    Attributes:
+        soft_delete_s: seconds for which deleted objects, composites among them, are kept and billed; 0 is off.
+        retention_s: seconds for which no object may be deleted; 0 is none.
+    """
+
+    location: str | None = None
+    storage_class: str | None = None
+    soft_delete_s: int | None = None
+    versioning: bool | None = None
+    retention_s: int | None = None
+    unknown_because: str | None = None
+
+    def keeps_composites(self) -> str | None:
+        """Why a deleted composite would be kept and billed; None when it would not, or is not known."""
+        if self.retention_s:
+            return f"a retention policy of {self.retention_s / 86400:g} days forbids deleting composites"
+        if self.versioning:
+            return "object versioning would keep every composite"
+        if self.soft_delete_s:
+            return f"soft delete would keep, and bill, every composite for {self.soft_delete_s / 86400:g} days"
+        return None
+
+
+class GCSStore(BaseStore):
+    """A prefix of a bucket. Thread-safe; pickles as its URI and configuration.
+
+    Clients and thread pools belong to the process, and are made by the first request.
+    """
+
+    def __init__(self, uri: str, config: StoreConfig | None = None) -> None:
+        """Note the place; touches no network.
+
+        Args:
+            uri: ``gs://bucket`` or ``gs://bucket/folder``, taken literally: nothing is percent-decoded.
+            config: how to talk to the server.
+
+        Raises:
+            ConfigError: the URI names no bucket.
+        """
+        bucket, _, prefix = uri.removeprefix("gs://").partition("/")
+        if not uri.startswith("gs://") or not bucket:
+            raise ConfigError(f"expected gs://bucket or gs://bucket/folder, found {uri!r}; name the bucket")
+        prefix = prefix.rstrip("/")
+        self.bucket = bucket
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.uri = f"gs://{bucket}/{self.prefix}"
+        self.config = config or StoreConfig()
+
+    def __repr__(self) -> str:
+        return f"GCSStore({self.uri!r}, transport={self.config.transport!r})"
+
+    def list(self, prefix: str = "") -> Iterator[ObjectMeta]:
+        """See `Lists.list`; a page at a time. Folder objects and Dataflux's composites are left out."""
+        token: str | None = None
+        while True:
+            page, token = self.list_page(prefix, token=token)
+            yield from page
+            if not token:
+                return
+
+    def list_page(
+        self, prefix: str = "", *, token: str | None = None, start: str | None = None, limit: int | None = None
+    ) -> Page:
+        """One page of a plain listing, in byte order of names.
+
+        Args:
+            prefix: of names, relative to the URI.
+            token: where the page before ended; None begins.
+            start: the first name to list, relative to the URI.
+            limit: objects of the page; None takes `list_page_size`.
+
+        Returns:
+            The page, and the token of the next; None after the last.
+
+        Raises:
+            PlaceNotFoundError: the bucket does not exist.
+            CredentialsError, PermissionDeniedError, UnreachableError: as named.
+        """
+
+        def get_page() -> tuple[Sequence[storage.Blob], str | None]:
+            blobs = google_client(self.config).list_blobs(
+                self.bucket,
+                prefix=self.prefix + prefix or None,
+                page_size=limit or self.config.list_page_size,
+                page_token=token,
+                start_offset=None if start is None else self.prefix + start,
+                fields=_FIELDS,
+                retry=None,
+                timeout=self._timeout,
+            )
+            return list(next(blobs.pages, ())), blobs.next_page_token
+
+        try:
+            blobs, next_token = call(
+                self.config, get_page, what=f"listing {self.uri}", permission="storage.objects.list"
+            )
+        except AbsentError as error:
+            raise self._no_bucket() from error
+        return [self._meta(blob) for blob in blobs if not _is_no_data(blob.name)], next_token
+
+    def _meta(self, blob: storage.Blob) -> ObjectMeta:
+        return ObjectMeta(
+            name=blob.name[len(self.prefix) :],
+            size_bytes=int(blob.size or 0),
+            generation=int(blob.generation) if blob.generation is not None else None,
+            crc32c=int.from_bytes(base64.b64decode(blob.crc32c), "big") if blob.crc32c else None,
+            storage_class=blob.storage_class,
+        )
+
+    def fetch_each(self, objects: Sequence[ObjectMeta]) -> Bodies:
+        """See `Fetches.fetch_each`. With the transport `auto` the first call of a process resolves it."""
+        if not objects:
+            return []
+        transport = self.config.transport
+        if transport == "auto":
+            transport = self._resolved_here(objects)
+        if transport == "compose":
+            return ComposeReader(direct=self._direct()).read_each(objects)
+        return self._direct().read_each(objects)
+
+    def put(self, name: str, data: bytes) -> None:
+        """See `Puts.put`; the server checks the upload's crc32c."""
+        if not name:
+            raise ConfigError(f"expected a name of an object below {self.uri}, found an empty one")
+        blob = google_client(self.config).bucket(self.bucket).blob(self.prefix + name)
+        upload = functools.partial(
+            blob.upload_from_string,
+            data,
+            content_type="application/octet-stream",
+            checksum="crc32c",
+            retry=None,
+            timeout=self._timeout,
+        )
+        what = f"writing {self.uri_of(name)}"
+        try:
+            call(self.config, upload, what=what, permission="storage.objects.create")
+        except AbsentError as error:
+            raise self._no_bucket() from error
+
+    def bucket_facts(self) -> BucketFacts:
+        """Ask the server for the bucket's settings; without storage.buckets.get they stay unknown.
+
+        Raises:
+            PlaceNotFoundError: the bucket does not exist.
+        """
+        client = google_client(self.config)
+        try:
+            bucket = call(
+                self.config,
+                lambda: client.get_bucket(self.bucket, retry=None, timeout=self._timeout),
+                what=f"asking for the settings of gs://{self.bucket}",
+                permission="storage.buckets.get",
+            )
+        except AbsentError as error:
+            raise self._no_bucket() from error
+        except PermissionDeniedError:
+            return BucketFacts(unknown_because="the account lacks storage.buckets.get")
+        soft_delete = bucket.soft_delete_policy.retention_duration_seconds
+        return BucketFacts(
+            location=bucket.location,
+            storage_class=bucket.storage_class,
+            soft_delete_s=int(soft_delete or 0),
+            versioning=bool(bucket.versioning_enabled),
+            retention_s=int(bucket.retention_period or 0),
+        )
+
+    def resolve_transport(self, objects: Sequence[ObjectMeta]) -> tuple[ResolvedTransport, str]:
+        """Choose between `compose` and `direct` for these objects, or a sample of them.
+
+        Returns:
+            The transport, and the reason in words.
+
+        Raises:
+            StoreError: the bucket cannot be read at all.
+        """
+        if self.config.transport != "auto":
+            return self.config.transport, "it was asked for"
+        if len(objects) < 2:
+            return "direct", "there are fewer than two objects to compose"
+        mean_bytes = sum(meta.size_bytes for meta in objects) / len(objects)
+        if mean_bytes > COMPOSE_BELOW_BYTES:
+            return "direct", f"objects are {mean_bytes / 1e6:.1f} MB in the mean, and composing gains below 1 MB only"
+        facts = self.bucket_facts()
+        kept = facts.keeps_composites()
+        if kept:
+            return "direct", kept
+        probe = sorted({meta for meta in objects if meta.size_bytes}, key=lambda meta: meta.size_bytes)[:2]
+        if len(probe) < 2:
+            return "direct", "there are fewer than two objects to compose"
+        try:
+            ComposeReader(direct=self._direct()).probe(probe)
+        except StoreError as error:
+            return "direct", f"composing two objects as a probe failed: {error}"
+        reason = f"objects are {mean_bytes / 1e3:.0f} kB in the mean, and the bucket lets us compose and delete"
+        if facts.unknown_because:
+            reason += f"; whether soft delete keeps composites is not known, since {facts.unknown_because}"
+        return "compose", reason
+
+    def resolved(self, objects: Sequence[ObjectMeta]) -> GCSStore:
+        """This store with its transport settled, and one line in the log that says why. For the driver."""
+        transport, reason = self.resolve_transport(objects)
+        logger.info("%s is read by transport %s: %s", self.uri, transport, reason)
+        return GCSStore(self.uri, dataclasses.replace(self.config, transport=transport))
+
+    def _resolved_here(self, objects: Sequence[ObjectMeta]) -> ResolvedTransport:
+        key = (os.getpid(), self.uri, self.config)
+        with _RESOLVED_LOCK:
+            if key not in _RESOLVED:
+                _RESOLVED[key], reason = self.resolve_transport(objects)
+                logger.info("%s is read by transport %s: %s", self.uri, _RESOLVED[key], reason)
+            return _RESOLVED[key]
+
+    def _direct(self) -> DirectReader:
+        return DirectReader(bucket=self.bucket, prefix=self.prefix, config=self.config)
+
+    @property
+    def _timeout(self) -> tuple[float, float]:
+        return (self.config.connect_timeout_s, self.config.read_timeout_s)
+
+    def _no_bucket(self) -> PlaceNotFoundError:
+        return PlaceNotFoundError(
+            f"expected the bucket gs://{self.bucket}, found that it does not exist; check its name and project, or "
+            f"make it, e.g. by `gcloud storage buckets create gs://{self.bucket}`"
+        )
+
+
+_RESOLVED: dict[tuple[int, str, StoreConfig], ResolvedTransport] = {}
+_RESOLVED_LOCK = threading.Lock()
+
+
+def _is_no_data(key: str) -> bool:
+    return key.endswith("/") or is_composite(key)

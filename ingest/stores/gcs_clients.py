@@ -1,0 +1,150 @@
+"""The clients and thread pools of this process: made on first use, never carried through a fork or a pickle."""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
+
+import google.auth
+import obstore.store
+from google.api_core.client_info import ClientInfo
+from google.cloud import storage
+
+from .base import StoreConfig
+
+T = TypeVar("T")
+
+# Without it google-cloud-storage 3 asks for the bucket's metadata from a background thread at each client's start.
+_NO_BUCKET_METADATA = "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"
+_USER_AGENT = "voxflux dataflux/1.0"
+
+
+class _Cache:
+    """What was made in this process, by key. Thread-safe; empty in a forked child."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start empty, with a lock of its own: what was inherited through a fork is not ours to close."""
+        self._lock = threading.RLock()
+        self._made: dict[tuple[object, ...], Any] = {}
+
+    def get(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """The one thing of that key."""
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return cast(T, self._made[key])
+
+    def drain(self) -> list[Any]:
+        """Take everything out."""
+        with self._lock:
+            made, self._made = list(self._made.values()), {}
+            return made
+
+
+_CACHE = _Cache()
+os.register_at_fork(after_in_child=_CACHE.forget)
+
+
+def emulator_url() -> str | None:
+    """Where STORAGE_EMULATOR_HOST points, with its scheme; None when it is not set."""
+    host = os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
+    if not host:
+        return None
+    return host if "://" in host else f"http://{host}"
+
+
+def server_name() -> str:
+    """Host and port of the server in use, for messages."""
+    return urlsplit(emulator_url() or "https://storage.googleapis.com").netloc
+
+
+def google_client(config: StoreConfig) -> storage.Client:
+    """This process's google-cloud-storage client."""
+    url = emulator_url()
+
+    def make() -> storage.Client:
+        os.environ.setdefault(_NO_BUCKET_METADATA, "true")
+        options = {"api_endpoint": url} if url else None
+        info: Any = ClientInfo
+        return storage.Client(project=config.project, client_info=info(user_agent=_USER_AGENT), client_options=options)
+
+    return _CACHE.get(("google", config.project, url), make)
+
+
+def obstore_client(bucket: str, config: StoreConfig) -> obstore.store.GCSStore:
+    """This process's obstore client of one bucket; its own retries are off, ours count."""
+    url = emulator_url()
+
+    def make() -> obstore.store.GCSStore:
+        provider = _anonymous if url else _GoogleTokens()
+        return obstore.store.GCSStore(
+            bucket,
+            config={"base_url": url} if url else {},
+            client_options={
+                "allow_http": url is not None,
+                "connect_timeout": timedelta(seconds=config.connect_timeout_s),
+                "timeout": timedelta(seconds=config.read_timeout_s),
+                "user_agent": _USER_AGENT,
+            },
+            retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=config.read_timeout_s)},
+            credential_provider=provider,
+        )
+
+    return _CACHE.get(("obstore", bucket, url, config.connect_timeout_s, config.read_timeout_s), make)
+
+
+def pool(kind: str, threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    """This process's thread pool for one kind of work: it bounds the requests in flight of all its stores."""
+    return _CACHE.get(
+        ("pool", kind, threads),
+        lambda: concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix=f"voxflux-{kind}"),
+    )
+
+
+def close_clients() -> None:
+    """Close every client and pool of this process; the next call makes new ones."""
+    for made in _CACHE.drain():
+        if isinstance(made, concurrent.futures.ThreadPoolExecutor):
+            made.shutdown(cancel_futures=True)
+        elif isinstance(made, storage.Client):
+            made.close()
+
+
+atexit.register(close_clients)
+
+
+def _anonymous() -> obstore.store.GCSCredential:
+    return {"token": "anonymous", "expires_at": None}
+
+
+class _GoogleTokens:
+    """Gives obstore the tokens of the application default credentials. Thread-safe."""
+
+    def __init__(self) -> None:
+        scope = "https://www.googleapis.com/auth/devstorage.read_write"
+        self._credentials: Any = google.auth.default(scopes=[scope])[0]
+        self._lock = threading.Lock()
+
+    def __call__(self) -> obstore.store.GCSCredential:
+        from google.auth.transport.requests import Request
+
+        with self._lock:
+            if not self._credentials.valid:
+                self._credentials.refresh(Request())
+            expiry = self._credentials.expiry
+            return {
+                "token": str(self._credentials.token),
+                "expires_at": expiry.replace(tzinfo=timezone.utc)
+                if expiry
+                else datetime.fromtimestamp(time.time() + 600, timezone.utc),
+            }

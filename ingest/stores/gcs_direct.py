@@ -1,0 +1,158 @@
+"""Direct reads: one GET an object by obstore on a thread pool, pinned to the listed generation and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import google_crc32c
+import obstore
+
+from ..errors import (
+    ObjectError,
+    ObjectNotFoundError,
+    PermissionDeniedError,
+    PlaceNotFoundError,
+    StaleManifestError,
+    StoreError,
+)
+from .base import ObjectMeta, StoreConfig
+from .gcs_clients import google_client, obstore_client, pool
+from .gcs_errors import AbsentError, call
+from .retry import PassingError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DirectReader:
+    """Reads objects of one bucket, one request each. Thread-safe; plain values only.
+
+    Attributes:
+        prefix: what stands before every object's name: empty, or ending in ``/``.
+    """
+
+    bucket: str
+    prefix: str
+    config: StoreConfig
+
+    def read_each(self, objects: Sequence[ObjectMeta]) -> list[bytes | ObjectError]:
+        """Read objects, at most `max_in_flight` at a time in this process.
+
+        Raises:
+            StoreError: the bucket as a whole cannot be read; what was still to do is left.
+        """
+        if len(objects) == 1:
+            return [self.read(objects[0])]
+        bodies: list[bytes | ObjectError | None] = [None] * len(objects)
+        positions = iter(range(len(objects)))
+        workers = min(len(objects), self.config.max_in_flight)
+        threads = pool("direct", self.config.max_in_flight)
+        failed: list[StoreError] = []
+
+        def work(mine: Iterator[int]) -> None:
+            # One iterator for all workers: taking the next of a range is atomic.
+            for position in mine:
+                if failed:
+                    return
+                try:
+                    bodies[position] = self.read(objects[position])
+                except StoreError as error:
+                    failed.append(error)
+
+        futures = [threads.submit(work, positions) for _ in range(workers)]
+        for future in futures:
+            future.result()
+        if failed:
+            raise failed[0]
+        return [body for body in bodies if body is not None]
+
+    def read(self, meta: ObjectMeta) -> bytes | ObjectError:
+        """Read one object; an error that concerns it alone is returned.
+
+        Raises:
+            StoreError: the bucket as a whole cannot be read.
+        """
+        key = self.prefix + meta.name
+        what = f"reading gs://{self.bucket}/{key}"
+        get = self._get_by_obstore if _is_plain(key) else self._get_by_google
+        try:
+            return call(
+                self.config,
+                functools.partial(self._checked, get, key, meta),
+                what=what,
+                permission="storage.objects.get",
+            )
+        except AbsentError as error:
+            return self.why_absent(meta, error)
+        except ObjectError as error:
+            return error
+
+    def _checked(self, get: Callable[[str, ObjectMeta], tuple[bytes, int | None]], key: str, meta: ObjectMeta) -> bytes:
+        body, size_now = get(key, meta)
+        if size_now is not None and size_now != meta.size_bytes:
+            raise self._stale(meta, f"{size_now:,} bytes")
+        if len(body) != meta.size_bytes:
+            raise PassingError("truncated", f"{len(body):,} of {meta.size_bytes:,} bytes")
+        if meta.crc32c is not None and google_crc32c.value(body) != meta.crc32c:
+            raise PassingError("checksum", f"crc32c {google_crc32c.value(body):08x} instead of {meta.crc32c:08x}")
+        return body
+
+    def _get_by_obstore(self, key: str, meta: ObjectMeta) -> tuple[bytes, int | None]:
+        version: obstore.GetOptions = {} if meta.generation is None else {"version": str(meta.generation)}
+        answer = obstore.get(obstore_client(self.bucket, self.config), key, options=version)
+        return bytes(answer.bytes()), answer.meta["size"]
+
+    def _get_by_google(self, key: str, meta: ObjectMeta) -> tuple[bytes, int | None]:
+        blob = google_client(self.config).bucket(self.bucket).blob(key, generation=meta.generation)
+        timeout = (self.config.connect_timeout_s, self.config.read_timeout_s)
+        return blob.download_as_bytes(retry=None, timeout=timeout, checksum=None), None
+
+    def why_absent(self, meta: ObjectMeta, error: AbsentError) -> ObjectError:
+        """Tell an object that changed from one that is gone.
+
+        Raises:
+            PlaceNotFoundError: the bucket itself does not exist.
+        """
+        key = self.prefix + meta.name
+        timeout = (self.config.connect_timeout_s, self.config.read_timeout_s)
+        bucket = google_client(self.config).bucket(self.bucket)
+        blob = call(
+            self.config,
+            lambda: bucket.get_blob(key, retry=None, timeout=timeout),
+            what=f"asking for gs://{self.bucket}/{key}",
+            permission="storage.objects.get",
+        )
+        if blob is not None:
+            return self._stale(meta, f"{blob.size:,} bytes, generation {blob.generation}")
+        try:
+            call(
+                self.config,
+                lambda: list(bucket.list_blobs(max_results=1, retry=None, timeout=timeout)),
+                what=f"listing gs://{self.bucket}",
+                permission="storage.objects.list",
+            )
+        except AbsentError:
+            raise PlaceNotFoundError(
+                f"expected the bucket gs://{self.bucket}, found that it does not exist; check its name"
+            ) from error
+        except PermissionDeniedError:
+            # Reading may be allowed where listing is not; then the object is what we know to be missing.
+            return self._missing(key)
+        return self._missing(key)
+
+    def _missing(self, key: str) -> ObjectNotFoundError:
+        return ObjectNotFoundError(
+            f"expected the listed object gs://{self.bucket}/{key}, found that it is gone; upload it again or list anew"
+        )
+
+    def _stale(self, meta: ObjectMeta, found: str) -> StaleManifestError:
+        listed = f"{meta.size_bytes:,} bytes, generation {meta.generation or 'unknown'}"
+        return StaleManifestError(
+            f"expected gs://{self.bucket}/{self.prefix}{meta.name} as listed ({listed}), found {found}; it was "
+            f"overwritten since: list anew"
+        )
+
+
+def _is_plain(key: str) -> bool:
+    """Whether obstore takes the key: it refuses empty and dot segments, which GCS allows."""
+    return all(segment not in ("", ".", "..") for segment in key.split("/"))

@@ -1,0 +1,67 @@
+"""Which transport a run reads with: settled once, on the driver, and said with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from .manifest import Manifest, cases_of
+from .stores.base import ObjectMeta, StoreConfig, open_store
+
+SAMPLE = 64  # cases looked at to judge the objects' sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A transport and why."""
+
+    transport: Literal["compose", "direct"]
+    reason: str
+
+
+def choose_transport(manifest: Manifest, config: StoreConfig) -> Choice:
+    """The transport for both places of a data set: compose only where both allow and reward it.
+
+    Raises:
+        StoreError: a place cannot be read at all.
+    """
+    from .stores.gcs import GCSStore
+
+    spread = np.linspace(0, len(manifest) - 1, min(SAMPLE, len(manifest))).astype(np.int64)
+    cases = cases_of(manifest.take(np.unique(spread)))
+    by_place: dict[str, list[ObjectMeta]] = {}
+    for uri, objects in (
+        (manifest.images_uri, [case.image for case in cases]),
+        (manifest.labels_uri, [case.label for case in cases]),
+    ):
+        by_place.setdefault(uri, []).extend(objects)
+    reasons: dict[str, str] = {}
+    for uri, objects in by_place.items():
+        store = open_store(uri, config)
+        if not isinstance(store, GCSStore):
+            continue
+        transport, reason = store.resolve_transport(objects)
+        if transport == "direct":
+            return Choice("direct", reason)
+        reasons[uri] = reason
+    if not reasons:
+        return Choice("direct", "files are local")
+    return Choice("compose", "; ".join(dict.fromkeys(reasons.values())))
+
+
+def place_facts(uri: str, config: StoreConfig) -> list[str]:
+    """What the server tells of a place that matters for cost and safety, a sentence each."""
+    from .stores.gcs import GCSStore
+
+    store = open_store(uri, config)
+    if not isinstance(store, GCSStore):
+        return ["local files"]
+    facts = store.bucket_facts()
+    if facts.unknown_because:
+        return [f"the bucket's settings are not known, since {facts.unknown_because}"]
+    sentences = [f"location {facts.location or 'not told'}, storage class {facts.storage_class or 'not told'}"]
+    kept = facts.keeps_composites()
+    sentences.append(f"warning: {kept}" if kept else "soft delete, versioning and retention are off")
+    return sentences

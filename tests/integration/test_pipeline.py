@@ -1,0 +1,163 @@
+"""The pipeline on a real Ray: fused, ordered, and the same samples from any place and on any topology."""
+
+import concurrent.futures
+import dataclasses
+
+import numpy as np
+import pytest
+import ray
+import ray.data
+
+from ingest.crop import CropConfig
+from ingest.digest import combine, digest_batches
+from ingest.errors import DecodeError, ObjectNotFoundError
+from ingest.index import index_cases
+from ingest.pipeline import DataConfig, training_dataset
+from ingest.plan import ShardConfig, epoch_order
+from ingest.stores import StoreConfig, open_store
+from ingest.unwrap import own_error
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+PATCH = (8, 8, 8)
+
+
+def configure(root: str, *, transport="direct", shard_cases=6, blocks_in_flight=None) -> DataConfig:
+    return DataConfig(
+        images=f"{root}images/",
+        labels=f"{root}labels/",
+        seed=7,
+        holdout_fraction=0.0,
+        task_cpus=0.5,
+        crop=CropConfig(patch=PATCH),
+        shards=ShardConfig(shard_cases=shard_cases),
+        blocks_in_flight=blocks_in_flight,
+        store=StoreConfig(transport=transport),
+    )
+
+
+def dataset(config: DataConfig, **options) -> ray.data.Dataset:
+    manifest = index_cases(config.images, config.labels, config.store, config.pairing).manifest
+    return training_dataset(manifest, config, **options)
+
+
+def fingerprint(config: DataConfig, epochs: int = 2) -> tuple[str, int]:
+    samples = dataset(config)
+    found = {}
+    for _ in range(epochs):
+        found |= digest_batches(samples.iter_batches(batch_size=None, batch_format="numpy"))
+    return combine(found), len(found)
+
+
+@pytest.fixture(scope="module")
+def expected(places) -> tuple[str, int]:
+    return fingerprint(configure(places.local))
+
+
+@pytest.mark.parametrize("transport", ["compose", "direct"])
+def test_a_bucket_gives_the_same_samples_as_local_files(places, expected, transport):
+    assert expected[1] == 2 * 41
+    assert fingerprint(configure(places.gs, transport=transport)) == expected
+
+
+@pytest.mark.parametrize(("blocks_in_flight", "shard_cases"), [(1, 6), (3, 6), (3, 1), (None, 41)])
+def test_the_samples_do_not_depend_on_blocks_in_flight_or_on_shards(places, expected, blocks_in_flight, shard_cases):
+    config = configure(places.local, blocks_in_flight=blocks_in_flight, shard_cases=shard_cases)
+    assert fingerprint(config) == expected
+
+
+def test_two_ranks_together_get_the_samples_of_one_and_equally_many(places):
+    config = configure(places.gs)
+    one = fingerprint_of_ranks(config, 1)
+    two = fingerprint_of_ranks(config, 2)
+    assert one == two
+    assert one[1] == 2 * 40
+
+
+def fingerprint_of_ranks(config: DataConfig, ranks: int) -> tuple[str, int]:
+    """Both epochs, read by as many iterators at once, as trainers do."""
+    splits = dataset(config, multiple=4).streaming_split(ranks, equal=True)
+
+    def read(split):
+        found, counts = {}, []
+        for _ in range(2):
+            before = len(found)
+            found |= digest_batches(split.iter_batches(batch_size=5, batch_format="numpy"))
+            counts.append(len(found) - before)
+        return found, counts
+
+    with concurrent.futures.ThreadPoolExecutor(ranks) as pool:
+        results = list(pool.map(read, splits))
+    assert all(counts == results[0][1] for _, counts in results), "ranks must run equal steps"
+    merged = {key: value for found, _ in results for key, value in found.items()}
+    return combine(merged), sum(len(found) for found, _ in results)
+
+
+def test_rows_come_in_the_order_of_the_plan_and_each_epoch_has_another(places):
+    samples = dataset(configure(places.gs, blocks_in_flight=3))
+    for epoch in range(2):
+        rows = list(samples.iter_batches(batch_size=None, batch_format="numpy"))
+        indices = np.concatenate([batch["index"] for batch in rows])
+        assert indices.tolist() == epoch_order(7, epoch, 41).tolist()
+        assert all((batch["epoch"] == epoch).all() for batch in rows)
+
+
+def test_rows_have_the_promised_shapes_and_types_though_volumes_differ(places):
+    samples = dataset(configure(places.gs))
+    batch = next(iter(samples.iter_batches(batch_size=10, batch_format="numpy")))
+    assert (batch["image"].shape, batch["image"].dtype) == ((10, 1, *PATCH), np.float32)
+    assert (batch["label"].shape, batch["label"].dtype) == ((10, 1, *PATCH), np.uint8)
+    assert batch["index"].dtype == np.int64
+    manifest = index_cases(f"{places.gs}images/", f"{places.gs}labels/").manifest
+    ids = manifest.table["case_id"].to_pylist()
+    assert [ids[i] for i in batch["index"]] == list(batch["case_id"])
+
+
+def test_read_and_map_are_fused_into_one_task(places):
+    samples = dataset(configure(places.local)).materialize()
+    assert "ReadPairedVolume->MapBatches(sample_patches)" in samples.stats()
+
+
+def test_an_epoch_can_be_taken_up_where_it_was_left(places):
+    config = configure(places.local)
+    order = epoch_order(7, 3, 41)
+    rest = dataset(config, first_epoch=3, consumed=order[:17])
+    indices = [batch["index"] for batch in rest.iter_batches(batch_size=None, batch_format="numpy")]
+    assert np.concatenate(indices).tolist() == order[17:].tolist()
+    following = [batch["index"] for batch in rest.iter_batches(batch_size=None, batch_format="numpy")]
+    assert np.concatenate(following).tolist() == epoch_order(7, 4, 41).tolist()
+
+
+def test_blocks_stay_within_their_size(places):
+    config = dataclasses.replace(configure(places.local, shard_cases=41), block_bytes=20_000)
+    blocks = list(dataset(config).iter_batches(batch_size=None, batch_format="numpy"))
+    assert len(blocks) > 4
+
+
+def test_an_error_of_ours_comes_out_of_ray_as_it_was_raised(places, tmp_path):
+    for role in ("images", "labels"):
+        source, target = open_store(f"{places.local}{role}/"), open_store(f"{tmp_path}/{role}/")
+        for entry in list(source.list())[:4]:
+            target.put(entry.name, source.fetch([entry])[0])
+    (tmp_path / "images" / "case_00002_x.npy").write_bytes(b"this is no volume")
+    samples = dataset(configure(f"{tmp_path}/"))
+    with pytest.raises(Exception) as caught:  # noqa: PT011  Ray's class depends on where it broke
+        samples.materialize()
+    ours = own_error(caught.value)
+    assert isinstance(ours, DecodeError)
+    assert "case_00002_x.npy: expected an .npy file" in str(ours)
+    assert "Traceback" not in str(ours)
+
+
+def test_an_object_that_went_away_since_the_listing_is_named(places, tmp_path):
+    for role in ("images", "labels"):
+        source, target = open_store(f"{places.local}{role}/"), open_store(f"{tmp_path}/{role}/")
+        for entry in list(source.list())[:3]:
+            target.put(entry.name, source.fetch([entry])[0])
+    samples = dataset(configure(f"{tmp_path}/"))
+    (tmp_path / "labels" / "case_00001_y.npy").unlink()
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        samples.materialize()
+    ours = own_error(caught.value)
+    assert isinstance(ours, ObjectNotFoundError)
+    assert "case_00001_y.npy" in str(ours)
