@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -211,6 +207,7 @@ class DigestConfig:
 
 def digest(config: DigestConfig, console: Console) -> int:
     """Run the pipeline as training would, and print `digest HEX samples N` last."""
+    from .cluster import connected_ray
     from .digest import Digests, combine, digest_batches
     from .pipeline import DataConfig, training_dataset
 
@@ -228,7 +225,7 @@ def digest(config: DigestConfig, console: Console) -> int:
     choice = choose_transport(manifest, data.store)
     data = dataclasses.replace(data, store=dataclasses.replace(data.store, transport=choice.transport))
     console.print(f"{len(manifest)} cases; reading by {choice.transport}: {choice.reason}")
-    with _local_ray():
+    with connected_ray():
         dataset = training_dataset(manifest, data)
         found: Digests = {}
         for epoch in range(config.epochs):
@@ -242,28 +239,6 @@ def digest(config: DigestConfig, console: Console) -> int:
             console.print(f"epoch {epoch}: {sum(e == epoch for e, _ in found)} samples")
     print(f"digest {combine(found)} samples {len(found)}")
     return 0
-
-
-@contextlib.contextmanager
-def _local_ray() -> Iterator[None]:
-    """The Ray that is running, or a quiet one of this machine's own."""
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        host = os.environ.get("STORAGE_EMULATOR_HOST")
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"STORAGE_EMULATOR_HOST": host}} if host else None,
-        )
-    try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        yield
-    finally:
-        if started:
-            ray.shutdown()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

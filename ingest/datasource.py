@@ -29,6 +29,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         plan: Callable[[int], EpochPlan],
         *,
         first_epoch: int = 0,
+        batch: int = 1,
         store: StoreConfig | None = None,
         fetch: FetchConfig | None = None,
     ) -> None:
@@ -38,6 +39,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
             manifest: the cases.
             plan: picklable; gives the plan of an epoch.
             first_epoch: the epoch of the first execution.
+            batch: cases that are handed on together.
             store: how workers open the two places; its transport is resolved.
             fetch: how a read task walks through its shard.
         """
@@ -45,6 +47,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         self._manifest = manifest
         self._plan = plan
         self._first_epoch = first_epoch
+        self._batch = batch
         self._store = store or StoreConfig()
         self._fetch = fetch or FetchConfig()
 
@@ -72,6 +75,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
                 store=self._store,
                 fetch=self._fetch,
                 epoch=plan.epoch,
+                batch=self._batch,
                 rows=self._manifest.take(indices),
                 indices=indices,
             )

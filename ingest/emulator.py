@@ -103,6 +103,8 @@ class EmbeddedServer:
         if self._process is not None:
             raise IngestError(f"expected a stopped server, found one at {self.url}; stop it first")
         binary = server_binary()
+        if self._port:
+            _check_port(self._port)
         self._scratch = tempfile.TemporaryDirectory(prefix="voxflux-server-")
         for attempts_left in range(4, -1, -1):
             port = self._port or _free_port()
@@ -156,7 +158,11 @@ class EmbeddedServer:
                     f"{process.returncode}; its log ends: {self.log_tail()!r}"
                 )
             try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1):
+                # It takes connections before it has loaded its data, and answers after.
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_internal/healthcheck", timeout=1) as answer:
+                    answer.read()
+                time.sleep(0.02)  # had another taken the port, ours would be gone by now
+                if process.poll() is None:
                     return
             except OSError as error:
                 if time.monotonic() > deadline:
@@ -252,6 +258,17 @@ def server_binary() -> Path:
     return found[0]
 
 
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UnreachableError(
+                f"expected port {port} of 127.0.0.1 to be free, found {error.strerror}; give another, or 0 for any"
+            ) from error
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -276,38 +293,48 @@ def serve(data: str | Path | None = None, port: int = 0, command: Sequence[str] 
         MissingDependencyError: the server's binary is not installed.
         UnreachableError: the server did not start, or ended by itself.
     """
-    with EmbeddedServer(data=data, port=port) as server:
+    # From here on: a signal that comes while the server loads its data must end it, too.
+    signals = _Signals()
+    with _handling_signals(signals.take), EmbeddedServer(data=data, port=port) as server:
         if command:
-            return _run_beside(server, command)
+            return _run_beside(server, command, signals)
         print(f"export {EMULATOR_VARIABLE}={server.url}", flush=True)
-        stopped = threading.Event()
-        with _handling_signals(lambda _number, _frame: stopped.set()):
-            while not stopped.wait(0.5):
-                server.check()
+        while not signals.came.wait(0.5):
+            server.check()
         return 0
 
 
-def _run_beside(server: EmbeddedServer, command: Sequence[str]) -> int:
-    process: subprocess.Popen[bytes] | None = None
-    early: list[int] = []
+class _Signals:
+    """Passes signals on to a process, those that came before it was there as well."""
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        if process is None:
-            early.append(number)
+    def __init__(self) -> None:
+        self.came = threading.Event()
+        self._early: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def take(self, number: int, _frame: FrameType | None) -> None:
+        self.came.set()
+        if self._process is None:
+            self._early.append(number)
         # A terminal sends Ctrl-C to the command as well; a second one would end it at once.
         elif not (number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()):
+            self._process.send_signal(number)
+
+    def pass_to(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        for number in self._early:
             process.send_signal(number)
 
-    with _handling_signals(pass_on):
-        try:
-            process = subprocess.Popen(list(command), env={**os.environ, **server.env()})
-        except OSError as error:
-            raise ConfigError(
-                f"expected a command that can be started, found {command[0]!r}: {error.strerror}; check its name"
-            ) from error
-        for number in early:
-            process.send_signal(number)
-        status = process.wait()
+
+def _run_beside(server: EmbeddedServer, command: Sequence[str], signals: _Signals) -> int:
+    try:
+        process = subprocess.Popen(list(command), env={**os.environ, **server.env()})
+    except OSError as error:
+        raise ConfigError(
+            f"expected a command that can be started, found {command[0]!r}: {error.strerror}; check its name"
+        ) from error
+    signals.pass_to(process)
+    status = process.wait()
     return status if status >= 0 else 128 - status
 
 

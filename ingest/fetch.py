@@ -35,10 +35,10 @@ class FetchConfig:
     """How a read task walks through its shard."""
 
     chunk_cases: int = 32
-    """Cases that are fetched together and handed to the transform as one block."""
+    """Cases that are fetched together; rounded to whole batches, of which one is the least."""
 
     chunk_bytes: int = 32 * 2**20
-    """Bytes of a chunk's objects at the most; a case larger than that is a chunk of its own."""
+    """Bytes of a chunk's objects at the most; one batch is a chunk though it may be larger."""
 
     chunks_ahead: int = 3
     """Chunks that are fetched while one is transformed. With `chunk_bytes` this bounds a task's memory."""
@@ -56,6 +56,7 @@ class ShardSpec:
     """Plain values that tell a worker what to read: pickles small, holds no client.
 
     Attributes:
+        batch: cases that are handed on together.
         rows: the shard's rows of the manifest, in order.
         indices: (n,) int64, their indices in the manifest.
     """
@@ -65,6 +66,7 @@ class ShardSpec:
     store: StoreConfig
     fetch: FetchConfig
     epoch: int
+    batch: int
     rows: pa.Table
     indices: Indices
 
@@ -76,7 +78,7 @@ def _store(uri: str, config: StoreConfig) -> Store:
 
 
 def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
-    """Yield the shard's raw objects, a chunk at a time, in the order of the spec.
+    """Yield the shard's raw objects, a batch at a time, in the order of the spec.
 
     A pure function of the spec and of what the store holds, so that Ray may run it again at any time.
 
@@ -89,7 +91,7 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
     """
     images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
     cases = cases_of(spec.rows)
-    chunks = _chunks(cases, spec.fetch)
+    chunks = _chunks(cases, spec.fetch, spec.batch)
     ahead = spec.fetch.chunks_ahead
     with concurrent.futures.ThreadPoolExecutor(2 * (ahead + 1), thread_name_prefix="fetch") as pool:
         pending: collections.deque[tuple[slice, tuple[concurrent.futures.Future[list[bytes | ObjectError]], ...]]] = (
@@ -110,23 +112,30 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
                     )
                 if number >= ahead:
                     chunk, (image_bodies, label_bodies) = pending.popleft()
-                    yield _table(spec, cases, chunk, image_bodies.result(), label_bodies.result(), images, labels)
+                    table = _table(spec, cases, chunk, image_bodies.result(), label_bodies.result(), images, labels)
+                    yield from (table.slice(start, spec.batch) for start in range(0, table.num_rows, spec.batch))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _chunks(cases: Sequence[Case], config: FetchConfig) -> list[slice]:
+def _chunks(cases: Sequence[Case], config: FetchConfig, batch: int) -> list[slice]:
+    """Whole batches, as many at once as the limits allow."""
     chunks: list[slice] = []
-    start = size = 0
-    for position, case in enumerate(cases):
-        case_bytes = case.image.size_bytes + case.label.size_bytes
-        full = position - start >= config.chunk_cases or size + case_bytes > config.chunk_bytes
-        if position > start and full:
-            chunks.append(slice(start, position))
-            start, size = position, 0
-        size += case_bytes
-    if len(cases) > start:
-        chunks.append(slice(start, len(cases)))
+    chunk_bytes = 0
+    for start in range(0, len(cases), batch):
+        stop = min(start + batch, len(cases))
+        batch_bytes = sum(case.image.size_bytes + case.label.size_bytes for case in cases[start:stop])
+        fits = (
+            bool(chunks)
+            and stop - chunks[-1].start <= config.chunk_cases
+            and chunk_bytes + batch_bytes <= config.chunk_bytes
+        )
+        if fits:
+            chunks[-1] = slice(chunks[-1].start, stop)
+            chunk_bytes += batch_bytes
+        else:
+            chunks.append(slice(start, stop))
+            chunk_bytes = batch_bytes
     return chunks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,9 +54,6 @@ class DataConfig:
     task_cpus: float = 1.0
     """CPUs that Ray reserves for one read task."""
 
-    block_bytes: int = 32 * 2**20
-    """Size of the blocks of samples that read tasks hand on."""
-
     crop: CropConfig = dataclasses.field(default_factory=CropConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
@@ -71,10 +69,8 @@ class DataConfig:
             raise ConfigError(f"data.holdout_fraction must be from 0 to below 1; got {self.holdout_fraction}")
         if self.blocks_in_flight is not None and self.blocks_in_flight < 1:
             raise ConfigError(f"data.blocks_in_flight must be 1 or more; got {self.blocks_in_flight}")
-        if self.task_cpus <= 0 or self.block_bytes < 1:
-            raise ConfigError(
-                f"data.task_cpus and data.block_bytes must be above 0; got {self.task_cpus} and {self.block_bytes}"
-            )
+        if self.task_cpus <= 0:
+            raise ConfigError(f"data.task_cpus must be above 0; got {self.task_cpus}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +83,7 @@ class TrainingPlan:
         resumed_epoch: the epoch that `consumed` speaks of.
         consumed: indices trained on already in that epoch.
         multiple: each epoch is cut to a multiple of this.
+        batch: cases that are handed on together.
     """
 
     case_bytes: Indices
@@ -96,6 +93,7 @@ class TrainingPlan:
     resumed_epoch: int = 0
     consumed: Indices | None = None
     multiple: int = 1
+    batch: int = 1
 
     def __call__(self, epoch: int) -> EpochPlan:
         """The plan of one epoch."""
@@ -107,6 +105,7 @@ class TrainingPlan:
             candidates=self.candidates,
             consumed=self.consumed if epoch == self.resumed_epoch else None,
             multiple=self.multiple,
+            batch=self.batch,
         )
 
 
@@ -117,8 +116,13 @@ def training_dataset(
     first_epoch: int = 0,
     consumed: Indices | None = None,
     multiple: int = 1,
+    batch: int = 32,
 ) -> ray.data.Dataset:
     """The training samples: each execution of the data set is one epoch.
+
+    Blocks are of `batch` rows each. Where that is the batch size of a rank, a batch is a block: Ray deals blocks
+    out to ranks in turn, so that step s trains on the same cases whatever was read when and by whom, and a batch
+    is viewed where it lies.
 
     Args:
         manifest: the cases.
@@ -126,6 +130,7 @@ def training_dataset(
         first_epoch: the epoch of the first execution.
         consumed: indices that were trained on already in the first epoch.
         multiple: each epoch is cut to a multiple of this many cases.
+        batch: rows of a block; the last one of an epoch may have fewer.
 
     Returns:
         Rows of `case_id` string, `index` int64 (in the manifest), `epoch` int64, `image` (C, *patch) float32 and
@@ -140,25 +145,31 @@ def training_dataset(
         resumed_epoch=first_epoch,
         consumed=consumed,
         multiple=multiple,
+        batch=batch,
     )
-    source = PairedVolumeDatasource(manifest, plan, first_epoch=first_epoch, store=config.store, fetch=config.fetch)
+    source = PairedVolumeDatasource(
+        manifest, plan, first_epoch=first_epoch, batch=batch, store=config.store, fetch=config.fetch
+    )
     sample = functools.partial(
         sample_patches,
         sampler=PatchSampler(crop=config.crop, augment=config.augment, seed=config.seed),
         decode=config.decode,
+        batch=batch,
     )
     functools.update_wrapper(sample, sample_patches)
+    shards = max(1, plan(first_epoch).num_shards)
+    concurrency = None if config.blocks_in_flight is None else min(config.blocks_in_flight, shards)
     context = DataContext.get_current()
     before = context.target_max_block_size, context.execution_options
     try:
         # A data set takes a copy of the context as it stands when it is made.
-        context.target_max_block_size = config.block_bytes
+        context.target_max_block_size = block_target_bytes(config, batch)
         context.execution_options = execution_options()
         read = ray.data.read_datasource(
             source,
-            override_num_blocks=max(1, plan(first_epoch).num_shards),
+            override_num_blocks=shards,
             num_cpus=config.task_cpus,
-            concurrency=config.blocks_in_flight,
+            concurrency=concurrency,
         )
     finally:
         context.target_max_block_size, context.execution_options = before
@@ -168,7 +179,7 @@ def training_dataset(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=config.task_cpus,
-        concurrency=config.blocks_in_flight,
+        concurrency=concurrency,
     )
     return samples
 
@@ -178,20 +189,40 @@ def execution_options() -> ExecutionOptions:
     return ExecutionOptions(preserve_order=True)
 
 
-def sample_patches(raw: pa.Table, *, sampler: PatchSampler, decode: DecodeConfig) -> Iterator[Columns]:
-    """Decode, crop and augment one block of raw cases.
+def block_target_bytes(config: DataConfig, batch: int) -> int:
+    """The target size that makes Ray hand on blocks of exactly `batch` samples.
+
+    Ray gathers what a task yields until it is over the target, and cuts what is over 1.5 times the target. Samples
+    have one size, so half a sample under a batch is passed by the batch's last sample and by no other.
+    """
+    voxels = math.prod(config.crop.patch)
+    sample_bytes = voxels * (4 * config.decode.channels + 1) + 2 * 8 + 2 * 8 + 16  # tensors, integers, offsets, id
+    return max(1, int((batch - 0.5) * sample_bytes))
+
+
+def sample_patches(raw: pa.Table, *, sampler: PatchSampler, decode: DecodeConfig, batch: int) -> Iterator[Columns]:
+    """Decode, crop and augment some raw cases.
 
     Args:
-        raw: of `fetch.RAW_SCHEMA`; its bytes are viewed, not copied.
+        raw: of `fetch.RAW_SCHEMA`: a whole batch, or a part that Ray cut since its volumes are large. Its bytes
+            are viewed, not copied.
         sampler: cuts the patches.
         decode: what a good case looks like.
+        batch: rows of a block.
 
     Yields:
-        One block of columns as in `training_dataset`, each tensor column one contiguous buffer.
+        Columns as in `training_dataset`, each tensor column one contiguous buffer: a whole batch as one table, and
+        parts of one a sample at a time, so that Ray gathers them into whole batches again.
 
     Raises:
         DecodeError: a case is not what was expected.
     """
+    rows = batch if raw.num_rows == batch else 1
+    for start in range(0, raw.num_rows, rows):
+        yield _sample_batch(raw.slice(start, rows), sampler, decode)
+
+
+def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig) -> Columns:
     rows = raw.num_rows
     patch = sampler.crop.patch
     image_NCDHW = np.empty((rows, decode.channels, *patch), dtype=np.float32)
@@ -216,7 +247,7 @@ def sample_patches(raw: pa.Table, *, sampler: PatchSampler, decode: DecodeConfig
             out_image=image_NCDHW[row],
             out_label=label_N1DHW[row],
         )
-    yield {
+    return {
         "case_id": np.asarray(raw["case_id"].to_pylist(), dtype=object),
         "index": index,
         "epoch": epoch,

@@ -95,8 +95,14 @@ class EpochPlan:
         return self.order[self.bounds[number] : self.bounds[number + 1]]
 
 
-def shard_bounds(sizes: Indices, config: ShardConfig) -> Indices:
+def shard_bounds(sizes: Indices, config: ShardConfig, batch: int = 1) -> Indices:
     """Cut a sequence of cases of these sizes (bytes) into shards: greedy, in order, none over a limit.
+
+    Args:
+        sizes: (n,) int64, bytes of each case.
+        config: the limits.
+        batch: shards end at multiples of this many cases, so that no batch spans two of them; one batch is a
+            shard though it may be over a limit.
 
     Returns:
         (shards + 1,) int64, from 0 to len(sizes), strictly increasing.
@@ -107,7 +113,8 @@ def shard_bounds(sizes: Indices, config: ShardConfig) -> Indices:
         start = bounds[-1]
         before = int(ends[start - 1]) if start else 0
         by_bytes = int(np.searchsorted(ends, before + config.shard_bytes, side="right"))
-        bounds.append(min(max(by_bytes, start + 1), start + config.shard_cases, len(sizes)))
+        taken = min(by_bytes - start, config.shard_cases)
+        bounds.append(min(start + max(batch, taken - taken % batch), len(sizes)))
     return np.asarray(bounds, dtype=np.int64)
 
 
@@ -120,6 +127,7 @@ def plan_epoch(
     candidates: Indices | None = None,
     consumed: Indices | None = None,
     multiple: int = 1,
+    batch: int = 1,
     shuffle: bool = True,
 ) -> EpochPlan:
     """Plan one epoch.
@@ -133,6 +141,7 @@ def plan_epoch(
         consumed: indices already trained on in this epoch, left out.
         multiple: the number of cases is cut to a multiple of this (world size times batch size), from the end
             of the order: what is cut is the plan's `tail`.
+        batch: cases that are handed on together, one block of Ray's: no shard cuts one.
         shuffle: False keeps the order of the manifest, as validation wants it.
     """
     total = len(case_bytes)
@@ -146,4 +155,4 @@ def plan_epoch(
     order = order[keep[order]]
     whole = len(order) - len(order) % multiple
     order, tail = order[:whole], order[whole:]
-    return EpochPlan(epoch, order, shard_bounds(case_bytes[order], shards), tail)
+    return EpochPlan(epoch, order, shard_bounds(case_bytes[order], shards, batch), tail)

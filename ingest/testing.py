@@ -13,12 +13,20 @@ from collections.abc import Iterator, Sequence
 import google_crc32c
 import numpy as np
 
-from .errors import ConfigError, ObjectError, ObjectNotFoundError, PlaceNotFoundError, StaleManifestError
+from .errors import (
+    ConfigError,
+    ObjectError,
+    ObjectNotFoundError,
+    PermissionDeniedError,
+    PlaceNotFoundError,
+    StaleManifestError,
+)
 from .stores.base import BaseStore, Bodies, ObjectMeta, Puts, Store, StoreConfig
 
 ShapeDHW = tuple[int, int, int]
 
 _PLACES: dict[str, dict[str, tuple[bytes, int]]] = {}
+_DENIED: set[str] = set()
 _LOCK = threading.Lock()
 _GENERATIONS = itertools.count(1)
 
@@ -40,7 +48,14 @@ class MemoryStore(BaseStore):
             _PLACES.setdefault(self.uri, {})
         return self
 
+    def deny(self) -> MemoryStore:
+        """From now on nobody may use the place."""
+        _DENIED.add(self.uri)
+        return self
+
     def _objects(self) -> dict[str, tuple[bytes, int]]:
+        if self.uri in _DENIED:
+            raise PermissionDeniedError(f"expected leave to use {self.uri}, found it denied; use another place")
         if self.uri not in _PLACES:
             raise PlaceNotFoundError(f"expected the place {self.uri}, found none; create() it first")
         return _PLACES[self.uri]

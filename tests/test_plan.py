@@ -35,6 +35,14 @@ def test_no_shard_is_over_its_limits_unless_one_case_is(case_bytes, shard_bytes,
         assert stop - start == 1 or case_bytes[start:stop].sum() <= shard_bytes
 
 
+@given(sizes, st.integers(1, 20_000), st.integers(1, 50), st.integers(1, 9))
+def test_no_shard_cuts_a_batch(case_bytes, shard_bytes, shard_cases, batch):
+    bounds = shard_bounds(case_bytes, ShardConfig(shard_bytes=shard_bytes, shard_cases=shard_cases), batch)
+    assert (bounds[:-1] % batch == 0).all()
+    for start, stop in itertools.pairwise(bounds):
+        assert stop - start <= max(batch, shard_cases)
+
+
 @given(sizes, st.integers(1, 16), st.data())
 def test_consumed_cases_and_the_tail_are_left_out_and_the_rest_keep_their_order(case_bytes, multiple, data):
     total = len(case_bytes)

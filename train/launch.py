@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
 import threading
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-import ray
 import ray.train
 import ray.train.torch
 from rich.console import Console
 
+from ingest.cluster import connected_ray
 from ingest.errors import ConfigError
 from ingest.index import index_cases
 from ingest.manifest import Manifest
@@ -64,7 +63,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
         recipe = stack.enter_context(data_of(recipe, console))
-        stack.enter_context(connected_ray(console))
+        stack.enter_context(connected_ray())
         use_gpu = preflight.check_cluster(recipe)
         manifest, recipe = open_data(recipe, console)
         train, held_out = split_holdout(recipe.data.seed, len(manifest), recipe.data.holdout_fraction)
@@ -97,7 +96,15 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
-        datasets={"train": functools.partial(training_dataset, manifest, recipe.data)},
+        datasets={
+            "train": functools.partial(
+                training_dataset,
+                manifest,
+                recipe.data,
+                multiple=recipe.trainer.batch_size * recipe.trainer.num_workers,
+                batch=recipe.trainer.batch_size,
+            )
+        },
         dataset_config=ray.train.DataConfig(execution_options=execution_options()),
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.trainer.num_workers,
@@ -181,32 +188,6 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 del os.environ[key]
             else:
                 os.environ[key] = value
-
-
-@contextlib.contextmanager
-def connected_ray(console: Console) -> Iterator[None]:
-    """Ray: the cluster that RAY_ADDRESS names or that is connected already, else one of this machine's own."""
-    if ray.is_initialized():
-        yield
-        return
-    # On a running cluster workers do not inherit these from us.
-    passed = {key: os.environ[key] for key in ("STORAGE_EMULATOR_HOST",) if key in os.environ}
-    runtime_env = {"env_vars": passed} if passed else None
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env=runtime_env)
-    else:
-        console.print("starting Ray on this machine")
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env=runtime_env,
-        )
-    try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        yield
-    finally:
-        ray.shutdown()
 
 
 def open_data(recipe: Recipe, console: Console) -> tuple[Manifest, Recipe]:

@@ -242,6 +242,7 @@ def whole_cases(
         store=data.store,
         fetch=dataclasses.replace(data.fetch, chunk_cases=4, chunks_ahead=1),
         epoch=0,
+        batch=1,
         rows=job.holdout.take(wanted),
         indices=wanted,
     )

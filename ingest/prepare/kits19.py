@@ -58,8 +58,12 @@ class Kits19Source:
         Raises:
             DecodeError: a file is no NIfTI volume, or the two do not fit together.
         """
-        image_DHW, label_DHW, spacing_mm = load_pair(Path(self.folder) / case_id(case))
-        return preprocess(image_DHW, label_DHW, spacing_mm, self.spacing_mm, self.shape)
+        folder = Path(self.folder) / case_id(case)
+        image_DHW, label_DHW, spacing_mm = load_pair(folder)
+        try:
+            return preprocess(image_DHW, label_DHW, spacing_mm, self.spacing_mm, self.shape)
+        except DecodeError as error:
+            raise DecodeError(f"{folder}: {error}", error.reason) from None
 
 
 def preprocess(

@@ -14,6 +14,7 @@ maps instead would call the seam of grey and white matter background.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,9 @@ def warp_template(template: Template, shape_DHW: Shape, subject: Subject, rng: n
     return Pair(image_DHW[None], label_DHW[None])
 
 
+@functools.lru_cache(maxsize=1)
 def load_template(shape_DHW: Shape) -> Template:
-    """Read the template and average it for cases of `shape_DHW`. Takes about 1 s.
+    """Read the template and average it for cases of `shape_DHW`. Takes about 1 s; the last one is kept.
 
     The voxel is a cube, as large as the axis that has fewest voxels for the head's extent needs.
 
@@ -194,14 +196,13 @@ def load_template(shape_DHW: Shape) -> Template:
     cut = tuple(slice(row[0], row[-1] + 1) for row in rows)
     larger = np.maximum(grey, white)
     channels = (t1, (grey >= white) & (larger > 0.5), (white > grey) & (larger > 0.5))
-    return Template(
-        channels=tuple(
-            gaussian_filter(np.pad(channel[cut].astype(np.float32), rim), sigma, mode="constant", truncate=4.0)
-            for channel in channels
-        ),
-        outline_mm=_outline(head[cut]),
-        voxel_mm=voxel_mm,
+    averaged = tuple(
+        gaussian_filter(np.pad(channel[cut].astype(np.float32), rim), sigma, mode="constant", truncate=4.0)
+        for channel in channels
     )
+    for channel in averaged:
+        channel.flags.writeable = False
+    return Template(channels=averaged, outline_mm=_outline(head[cut]), voxel_mm=voxel_mm)
 
 
 def _read_map(name: str) -> npt.NDArray[np.float32]:
@@ -242,8 +243,8 @@ def _fit(template: Template, shape_DHW: Shape, subject: Subject, *, reach_mm: li
     """Where the head lies: wholly inside, a voxel from the border, however it was warped.
 
     Returns:
-        The subject's linear map, made smaller in the rare case that the head would not fit; and the head's
-        shift in mm along D, H and W.
+        The subject's linear map, made smaller where the head would not fit (1 in 10 at 48 voxels); and
+        the head's shift in mm along D, H and W.
     """
     room_mm = (np.array(shape_DHW) - 2) * template.voxel_mm - 2 * np.array(reach_mm)
     moved_mm = np.einsum("ij,nj->ni", subject.linear, template.outline_mm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 import time
@@ -250,7 +251,7 @@ def _start_ray() -> None:
     ray.init(
         include_dashboard=False,
         log_to_driver=False,
-        configure_logging=False,
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": server} if server else None,
     )
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from google.cloud import storage
 
-from ..errors import ConfigError, ObjectError, PermissionDeniedError, PlaceNotFoundError, StoreError
+from ..errors import ConfigError, ListingError, PermissionDeniedError, PlaceNotFoundError, StoreError
 from .base import BaseStore, Bodies, ObjectMeta, StoreConfig
-from .gcs_clients import google_client
+from .fast_listing import fast_list_objects
+from .gcs_clients import google_blob, google_client, timeouts_s
 from .gcs_compose import ComposeReader, is_composite
 from .gcs_direct import DirectReader
 from .gcs_errors import AbsentError, call
+from .gcs_listing import what_is_missing
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ COMPOSE_BELOW_BYTES = 1_000_000
 _FIELDS = "items(name,size,generation,crc32c,storageClass),nextPageToken"
 
 ResolvedTransport = Literal["compose", "direct"]
-Page = tuple[list[ObjectMeta], str | None]
+Listed = list[ObjectMeta]
+Page = tuple[Listed, str | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +125,7 @@ class GCSStore(BaseStore):
                 start_offset=None if start is None else self.prefix + start,
                 fields=_FIELDS,
                 retry=None,
-                timeout=self._timeout,
+                timeout=timeouts_s(self.config),
             )
             return list(next(blobs.pages, ())), blobs.next_page_token
 
@@ -134,6 +136,58 @@ class GCSStore(BaseStore):
         except AbsentError as error:
             raise self._no_bucket() from error
         return [self._meta(blob) for blob in blobs if not _is_no_data(blob.name)], next_token
+
+    def list_rest(self, listed: Listed, found: Callable[[int], None]) -> Listed:
+        """Every object of the place, given the first ones of a plain listing: by Dataflux's parallel listing.
+
+        What that brings is compared with plain pages; when it is found short, a plain listing finishes the work.
+
+        Args:
+            listed: the first objects, in byte order of names; they keep their generations and checksums.
+            found: told how many objects are known.
+
+        Raises:
+            PlaceNotFoundError, CredentialsError, PermissionDeniedError, UnreachableError: as for `list`.
+        """
+        config = self.config
+        try:
+            fast = fast_list_objects(
+                bucket=self.bucket,
+                prefix=self.prefix,
+                project=config.project,
+                processes=config.fast_listing_processes,
+                timeout_s=config.fast_listing_timeout_s,
+            )
+        except ListingError as error:
+            return self._list_plainly(listed, found, str(error))
+        cut = len(self.prefix)
+        objects = [ObjectMeta(name[cut:], size) for name, size in sorted(fast.sizes.items())]
+        found(len(objects))
+        lacking = what_is_missing(listed, objects, lambda start, limit: self.list_page(start=start, limit=limit)[0])
+        if lacking:
+            return self._list_plainly(listed, found, lacking)
+        if fast.classes:
+            logger.warning(
+                "%s: about %s objects are not of storage class STANDARD (%s); they are listed and read all the same, "
+                "but reading them costs a retrieval fee each epoch: rewrite them as STANDARD",
+                self.uri,
+                f"{sum(fast.classes.values()):,}",
+                ", ".join(f"{count:,} {name}" for name, count in sorted(fast.classes.items())),
+            )
+        known = {meta.name: meta for meta in listed}
+        return [known.get(meta.name, meta) for meta in objects]
+
+    def _list_plainly(self, listed: Listed, found: Callable[[int], None], why: str) -> Listed:
+        logger.warning("%s: a plain listing takes over from the parallel one, which fell short: %s", self.uri, why)
+        objects = listed[:-1]
+        start: str | None = listed[-1].name
+        token: str | None = None
+        while True:
+            page, token = self.list_page(start=start, token=token)
+            objects.extend(page)
+            found(len(objects))
+            if not token:
+                return objects
 
     def _meta(self, blob: storage.Blob) -> ObjectMeta:
         return ObjectMeta(
@@ -159,15 +213,16 @@ class GCSStore(BaseStore):
         """See `Puts.put`; the server checks the upload's crc32c."""
         if not name:
             raise ConfigError(f"expected a name of an object below {self.uri}, found an empty one")
-        blob = google_client(self.config).bucket(self.bucket).blob(self.prefix + name)
-        upload = functools.partial(
-            blob.upload_from_string,
-            data,
-            content_type="application/octet-stream",
-            checksum="crc32c",
-            retry=None,
-            timeout=self._timeout,
-        )
+
+        def upload() -> None:
+            google_blob(self.config, self.bucket, self.prefix + name).upload_from_string(
+                data,
+                content_type="application/octet-stream",
+                checksum="crc32c",
+                retry=None,
+                timeout=timeouts_s(self.config),
+            )
+
         what = f"writing {self.uri_of(name)}"
         try:
             call(self.config, upload, what=what, permission="storage.objects.create")
@@ -180,11 +235,10 @@ class GCSStore(BaseStore):
         Raises:
             PlaceNotFoundError: the bucket does not exist.
         """
-        client = google_client(self.config)
         try:
             bucket = call(
                 self.config,
-                lambda: client.get_bucket(self.bucket, retry=None, timeout=self._timeout),
+                lambda: google_client(self.config).get_bucket(self.bucket, retry=None, timeout=timeouts_s(self.config)),
                 what=f"asking for the settings of gs://{self.bucket}",
                 permission="storage.buckets.get",
             )
@@ -249,10 +303,6 @@ class GCSStore(BaseStore):
 
     def _direct(self) -> DirectReader:
         return DirectReader(bucket=self.bucket, prefix=self.prefix, config=self.config)
-
-    @property
-    def _timeout(self) -> tuple[float, float]:
-        return (self.config.connect_timeout_s, self.config.read_timeout_s)
 
     def _no_bucket(self) -> PlaceNotFoundError:
         return PlaceNotFoundError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import concurrent.futures
 import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -81,6 +81,16 @@ def google_client(config: StoreConfig) -> storage.Client:
     return _CACHE.get(("google", config.project, url), make)
 
 
+def google_blob(config: StoreConfig, bucket: str, key: str, generation: int | None = None) -> storage.Blob:
+    """An object as google-cloud-storage sees it; touches no network but for credentials."""
+    return google_client(config).bucket(bucket).blob(key, generation=generation)
+
+
+def timeouts_s(config: StoreConfig) -> tuple[float, float]:
+    """Connect and read time-outs, as google-cloud-storage takes them."""
+    return (config.connect_timeout_s, config.read_timeout_s)
+
+
 def obstore_client(bucket: str, config: StoreConfig) -> obstore.store.GCSStore:
     """This process's obstore client of one bucket; its own retries are off, ours count."""
     url = emulator_url()
@@ -103,18 +113,18 @@ def obstore_client(bucket: str, config: StoreConfig) -> obstore.store.GCSStore:
     return _CACHE.get(("obstore", bucket, url, config.connect_timeout_s, config.read_timeout_s), make)
 
 
-def pool(kind: str, threads: int) -> concurrent.futures.ThreadPoolExecutor:
+def pool(kind: str, threads: int) -> ThreadPoolExecutor:
     """This process's thread pool for one kind of work: it bounds the requests in flight of all its stores."""
     return _CACHE.get(
         ("pool", kind, threads),
-        lambda: concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix=f"voxflux-{kind}"),
+        lambda: ThreadPoolExecutor(threads, thread_name_prefix=f"voxflux-{kind}"),
     )
 
 
 def close_clients() -> None:
     """Close every client and pool of this process; the next call makes new ones."""
     for made in _CACHE.drain():
-        if isinstance(made, concurrent.futures.ThreadPoolExecutor):
+        if isinstance(made, ThreadPoolExecutor):
             made.shutdown(cancel_futures=True)
         elif isinstance(made, storage.Client):
             made.close()

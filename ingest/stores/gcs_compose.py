@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import functools
 import logging
 import os
 import threading
@@ -17,11 +16,10 @@ from collections.abc import Sequence
 
 import google_crc32c
 from dataflux_core.download import COMPOSED_PREFIX, DataFluxDownloadOptimizationParams, dataflux_download
-from google.cloud import storage
 
 from ..errors import ObjectError, PermissionDeniedError, StoreError
 from .base import ObjectMeta, StoreConfig
-from .gcs_clients import google_client, pool
+from .gcs_clients import google_blob, pool, timeouts_s
 from .gcs_direct import DirectReader
 from .gcs_errors import AbsentError, call
 from .retry import RETRIES, RefusedError
@@ -173,27 +171,32 @@ class _ChunkBlob:
     def __init__(self, client: _ChunkClient, name: str) -> None:
         self.name = name
         self._client = client
-        direct = client.direct
-        self._uri = f"gs://{direct.bucket}/{name}"
-        self._timeout = (direct.config.connect_timeout_s, direct.config.read_timeout_s)
-
-    def _real(self, name: str, generation: int | None = None) -> storage.Blob:
-        direct = self._client.direct
-        return google_client(direct.config).bucket(direct.bucket).blob(name, generation=generation)
+        self._bucket = client.direct.bucket
+        self._config = client.direct.config
+        self._uri = f"gs://{self._bucket}/{name}"
 
     def compose(self, sources: Sequence[_ChunkBlob], retry: object = None) -> None:  # noqa: ARG002  Dataflux passes it
         """Make the composite of these generations of the sources."""
         client = self._client
-        real_sources = [self._real(source.name, client.sources[source.name].generation) for source in sources]
-        destination = self._real(self.name)
+
+        def send() -> None:
+            google_blob(self._config, self._bucket, self.name).compose(
+                [
+                    google_blob(self._config, self._bucket, name, client.sources[name].generation)
+                    for name in (source.name for source in sources)
+                ],
+                retry=None,
+                timeout=timeouts_s(self._config),
+            )
+
         client.composites.add(self.name)
         try:
             call(
-                client.direct.config,
-                functools.partial(destination.compose, real_sources, retry=None, timeout=self._timeout),
+                self._config,
+                send,
                 what=f"composing {len(sources)} objects into {self._uri}",
                 permission="storage.objects.create",
-                tries=client.direct.config.compose_tries,
+                tries=self._config.compose_tries,
             )
         except (AbsentError, PermissionDeniedError, RefusedError):
             client.composites.discard(self.name)  # it never came to be
@@ -203,16 +206,13 @@ class _ChunkBlob:
         """Read the composite whole; verified here only where its parts cannot be."""
         client = self._client
         body = call(
-            client.direct.config,
-            functools.partial(
-                self._real(self.name).download_as_bytes,
-                retry=None,
-                timeout=self._timeout,
-                checksum=None if client.verified else "auto",
+            self._config,
+            lambda: google_blob(self._config, self._bucket, self.name).download_as_bytes(
+                retry=None, timeout=timeouts_s(self._config), checksum=None if client.verified else "auto"
             ),
             what=f"reading {self._uri}",
             permission="storage.objects.get",
-            tries=client.direct.config.compose_tries,
+            tries=self._config.compose_tries,
         )
         if len(body) != client.total_bytes:
             raise _DoubtError(f"expected {client.total_bytes:,} bytes in the composite, found {len(body):,}")
@@ -294,12 +294,10 @@ def sweep_leftovers() -> None:
 
 
 def _delete_composite(bucket: str, name: str, config: StoreConfig, tries: int = _CLEANUP_TRIES) -> None:
-    blob = google_client(config).bucket(bucket).blob(name)
-    timeout = (config.connect_timeout_s, config.read_timeout_s)
     try:
         call(
             config,
-            functools.partial(blob.delete, retry=None, timeout=timeout),
+            lambda: google_blob(config, bucket, name).delete(retry=None, timeout=timeouts_s(config)),
             what=f"deleting the composite gs://{bucket}/{name}",
             permission="storage.objects.delete",
             tries=tries,

@@ -18,7 +18,7 @@ from ..errors import (
     StoreError,
 )
 from .base import ObjectMeta, StoreConfig
-from .gcs_clients import google_client, obstore_client, pool
+from .gcs_clients import google_blob, google_client, obstore_client, pool, timeouts_s
 from .gcs_errors import AbsentError, call
 from .retry import PassingError
 
@@ -103,9 +103,8 @@ class DirectReader:
         return bytes(answer.bytes()), answer.meta["size"]
 
     def _get_by_google(self, key: str, meta: ObjectMeta) -> tuple[bytes, int | None]:
-        blob = google_client(self.config).bucket(self.bucket).blob(key, generation=meta.generation)
-        timeout = (self.config.connect_timeout_s, self.config.read_timeout_s)
-        return blob.download_as_bytes(retry=None, timeout=timeout, checksum=None), None
+        blob = google_blob(self.config, self.bucket, key, meta.generation)
+        return blob.download_as_bytes(retry=None, timeout=timeouts_s(self.config), checksum=None), None
 
     def why_absent(self, meta: ObjectMeta, error: AbsentError) -> ObjectError:
         """Tell an object that changed from one that is gone.
@@ -114,11 +113,10 @@ class DirectReader:
             PlaceNotFoundError: the bucket itself does not exist.
         """
         key = self.prefix + meta.name
-        timeout = (self.config.connect_timeout_s, self.config.read_timeout_s)
-        bucket = google_client(self.config).bucket(self.bucket)
+        timeout = timeouts_s(self.config)
         blob = call(
             self.config,
-            lambda: bucket.get_blob(key, retry=None, timeout=timeout),
+            lambda: google_client(self.config).bucket(self.bucket).get_blob(key, retry=None, timeout=timeout),
             what=f"asking for gs://{self.bucket}/{key}",
             permission="storage.objects.get",
         )
@@ -127,7 +125,9 @@ class DirectReader:
         try:
             call(
                 self.config,
-                lambda: list(bucket.list_blobs(max_results=1, retry=None, timeout=timeout)),
+                lambda: list(
+                    google_client(self.config).list_blobs(self.bucket, max_results=1, retry=None, timeout=timeout)
+                ),
                 what=f"listing gs://{self.bucket}",
                 permission="storage.objects.list",
             )

@@ -153,7 +153,7 @@ def _connection_kind(error: Exception) -> str:
     if isinstance(error, obstore.exceptions.BaseError):
         if "kind: Timeout" in text or "TimedOut" in text:
             return "timeout"
-        if "kind: Connect" in text:
+        if any(sign in text for sign in ("ConnectionRefused", "dns error", "HostUnreachable")):
             return "refused"
         return "truncated" if "kind: Body" in text or "kind: Decode" in text else "reset"
     refused = ("Connection refused", "NameResolutionError", "Name or service not known", "No route to host")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -74,8 +75,8 @@ class LocalStore(BaseStore):
     def _walk(self, folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[ObjectMeta]:
         path = os.path.join(self.root, folder)  # noqa: PTH118
         with _folder_errors(path):
-            status = os.stat(path)  # noqa: PTH116
-            here = (status.st_dev, status.st_ino)
+            own = os.stat(path)  # noqa: PTH116
+            here = (own.st_dev, own.st_ino)
             if here in ancestors:
                 return
             with os.scandir(path) as scan:
@@ -89,10 +90,9 @@ class LocalStore(BaseStore):
                 if inside.startswith(prefix) or prefix.startswith(inside):
                     yield from self._walk(inside, prefix, (*ancestors, here))
             elif name.startswith(prefix) and not entry.name.startswith(_TEMPORARY):
-                with contextlib.suppress(FileNotFoundError):  # a broken link, or gone since the scan
-                    status = entry.stat()
-                    if stat.S_ISREG(status.st_mode):
-                        yield ObjectMeta(name, status.st_size, status.st_mtime_ns)
+                status = _status(entry)
+                if status is not None and stat.S_ISREG(status.st_mode):
+                    yield ObjectMeta(name, status.st_size, status.st_mtime_ns)
 
     def fetch_each(self, objects: Sequence[ObjectMeta]) -> Bodies:
         """See `Fetches.fetch_each`."""
@@ -170,6 +170,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link that leads round in circles
         return False
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    with _folder_errors(entry.path):
+        try:
+            return entry.stat()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):  # gone since the scan, or a link to nothing
+                return None
+            raise
 
 
 def _no_folder(path: str) -> PlaceNotFoundError:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
-_last_refused_s = -math.inf  # by time.monotonic: when a call last gave up on a server that takes no connection
+_GIVEN_UP_S: dict[str, float] = {}  # when a call last gave up on a server that takes no connection, by its name
 _CORRUPT_KINDS = frozenset({"truncated", "checksum"})
 
 
@@ -93,7 +93,8 @@ class _Stop:
         deadline_s = self._config.retry_deadline_s
         if self.only_refused:
             # One call waits for the server to come up; those queued behind it need not each wait again.
-            if time.monotonic() - _last_refused_s < self._config.retry_refused_s:
+            given_up_s = _GIVEN_UP_S.get(error.detail if error else "", -math.inf)
+            if time.monotonic() - given_up_s < self._config.retry_refused_s:
                 return True
             return _waited_s(retry_state) >= min(deadline_s, self._config.retry_refused_s)
         return (
@@ -158,8 +159,7 @@ def with_retries(config: StoreConfig, attempt: Callable[[], T], *, what: str, tr
                 f"write the object again, or quarantine its case"
             ) from error
         if stop.only_refused:
-            global _last_refused_s
-            _last_refused_s = time.monotonic()
+            _GIVEN_UP_S[error.detail] = time.monotonic()
             raise RefusedError(
                 f"{what}: expected a server that answers, found none in {tried}: {error.detail}; check that it runs "
                 f"and that its address is right (STORAGE_EMULATOR_HOST, or the network to storage.googleapis.com)"

@@ -1,7 +1,6 @@
 """The pipeline on a real Ray: fused, ordered, and the same samples from any place and on any topology."""
 
 import concurrent.futures
-import dataclasses
 
 import numpy as np
 import pytest
@@ -128,10 +127,22 @@ def test_an_epoch_can_be_taken_up_where_it_was_left(places):
     assert np.concatenate(following).tolist() == epoch_order(7, 4, 41).tolist()
 
 
-def test_blocks_stay_within_their_size(places):
-    config = dataclasses.replace(configure(places.local, shard_cases=41), block_bytes=20_000)
-    blocks = list(dataset(config).iter_batches(batch_size=None, batch_format="numpy"))
-    assert len(blocks) > 4
+@pytest.mark.parametrize(("batch", "shard_cases"), [(4, 41), (4, 3), (5, 20)])
+def test_a_batch_is_a_block_and_ranks_get_blocks_in_turn(places, batch, shard_cases):
+    config = configure(places.local, shard_cases=shard_cases)
+    splits = dataset(config, multiple=2 * batch, batch=batch).streaming_split(2, equal=True)
+
+    def read(split):
+        return [b["index"].tolist() for b in split.iter_batches(batch_size=None, batch_format="numpy")]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(read, splits)
+    order = epoch_order(7, 0, 41).tolist()
+    steps = len(order) // (2 * batch)
+    assert [*zip(first, second, strict=True)] == [
+        (order[2 * s * batch : (2 * s + 1) * batch], order[(2 * s + 1) * batch : (2 * s + 2) * batch])
+        for s in range(steps)
+    ]
 
 
 def test_an_error_of_ours_comes_out_of_ray_as_it_was_raised(places, tmp_path):

@@ -1,0 +1,42 @@
+"""The Ray that a command runs on: the one there is, or a quiet one of this machine's own for as long as it lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+import ray.data
+
+PASSED_ON = ("STORAGE_EMULATOR_HOST",)  # workers of a running cluster do not inherit these from us
+
+
+@contextlib.contextmanager
+def connected_ray() -> Iterator[bool]:
+    """Connect to Ray, and disconnect again where it was not connected before.
+
+    An initialised Ray is taken as it is; RAY_ADDRESS names a cluster; else Ray starts here and stays quiet: its
+    logs lie under /tmp/ray, and errors come as exceptions.
+
+    Yields:
+        Whether Ray was started here.
+    """
+    if ray.is_initialized():
+        yield False
+        return
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    runtime_env = {"env_vars": passed} if passed else None
+    here = not os.environ.get("RAY_ADDRESS")
+    if here:
+        for name in ("ray", "ray.data"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
+    else:
+        ray.init(runtime_env=runtime_env)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield here
+    finally:
+        ray.shutdown()

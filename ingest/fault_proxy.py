@@ -1,0 +1,279 @@
+"""A loopback HTTP proxy in front of the embedded server that injects faults, by seed, and counts requests."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import random
+import re
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+FaultKind = Literal["latency", "status", "reset", "stall", "truncate", "flip"]
+_COMPOSITE = re.compile(r"dataflux-composed-objects/[^/?]+")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One kind of fault, and which requests it strikes."""
+
+    kind: FaultKind
+    """`latency` delays the request; `status` answers in the server's stead; `reset` resets the connection before
+    an answer; `stall` keeps it open without one; `truncate` ends the body half-way; `flip` changes one bit."""
+
+    probability: float = 1.0
+    """Of striking a request that matches."""
+
+    request: str = ""
+    """Kind of request (`list`, `read`, `compose`, `delete`, `upload`, `meta`, `bucket`); empty is any."""
+
+    object_pattern: str = ""
+    """Regular expression searched in the object's name; empty is any."""
+
+    target_pattern: str = ""
+    """Regular expression searched in the request's path and query; empty is any."""
+
+    status: int = 503
+    """Of kind `status`."""
+
+    retry_after_s: int | None = None
+    """Sent with the status; None sends none."""
+
+    seconds: float = 0.0
+    """Of kinds `latency` and `stall`."""
+
+    after_server: bool = False
+    """Of kinds `status` and `reset`: strike after the server has done the request, whose answer is lost."""
+
+    times: int | None = None
+    """How often it strikes at the most; None is without limit."""
+
+
+class FaultProxy:
+    """Stands between clients and the server while the context is entered. Its methods are thread-safe.
+
+    Attributes:
+        faults: changed at will between requests; the first that strikes is injected.
+    """
+
+    def __init__(self, upstream_url: str, faults: Sequence[Fault] = (), *, seed: int = 0) -> None:
+        """Note the settings.
+
+        Args:
+            upstream_url: of the server, ``http://127.0.0.1:PORT``.
+            faults: what to inject.
+            seed: of the draws; their order among concurrent requests is as the requests come.
+        """
+        self._upstream = urlsplit(upstream_url)
+        self.faults = list(faults)
+        self._rng = random.Random(seed)
+        self._lock = threading.Lock()
+        self._requests: collections.Counter[str] = collections.Counter()
+        self._injected: collections.Counter[str] = collections.Counter()
+        self._struck: collections.Counter[Fault] = collections.Counter()
+        self._composites: set[str] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        """Where clients connect."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def requests(self) -> dict[str, int]:
+        """Requests so far, by kind."""
+        with self._lock:
+            return dict(self._requests)
+
+    @property
+    def injected(self) -> dict[str, int]:
+        """Faults so far, by kind."""
+        with self._lock:
+            return dict(self._injected)
+
+    @property
+    def composites_alive(self) -> frozenset[str]:
+        """Names of composites that the server made and has not deleted."""
+        with self._lock:
+            return frozenset(self._composites)
+
+    def __enter__(self) -> FaultProxy:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _start(self) -> None:
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, limit=2**20)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        try:
+            upstream = await asyncio.open_connection(self._upstream.hostname, self._upstream.port)
+            while await self._one_request(reader, writer, *upstream):
+                pass
+        except (OSError, asyncio.IncompleteReadError):
+            writer.transport.abort()
+        except asyncio.CancelledError:
+            writer.transport.abort()  # we are being stopped; nobody waits for this task but `_stop`
+        finally:
+            self._tasks.discard(task)
+            for side in (writer, upstream[1] if upstream else None):
+                if side is not None:
+                    side.close()
+
+    async def _one_request(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        up_reader: asyncio.StreamReader,
+        up_writer: asyncio.StreamWriter,
+    ) -> bool:
+        """Pass on one request and its answer; whether the connection goes on."""
+        head = await _read_head(reader)
+        if not head:
+            return False
+        method, target, _ = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
+        body = await _read_body(reader, head)
+        kind, name = classify(method, target)
+        fault = self._draw(kind, name, target)
+        if fault is not None and fault.kind in ("latency", "stall"):
+            await asyncio.sleep(fault.seconds)
+            if fault.kind == "stall":
+                return False
+        if fault is not None and fault.kind in ("status", "reset") and not fault.after_server:
+            return await self._answer_ourselves(writer, fault)
+        host = f"{self._upstream.hostname}:{self._upstream.port}"
+        up_writer.write(re.sub(rb"(?im)^host:[^\r]*", b"Host: " + host.encode(), head) + body)
+        await up_writer.drain()
+        up_head = await _read_head(up_reader)
+        if not up_head:
+            return False
+        up_body = b"" if method == "HEAD" else await _read_body(up_reader, up_head)
+        self._note_composites(kind, name, int(up_head.split(b" ", 2)[1]))
+        if fault is not None and fault.kind in ("status", "reset"):
+            return await self._answer_ourselves(writer, fault)
+        if fault is not None and fault.kind == "truncate" and up_body:
+            writer.write(up_head + up_body[: len(up_body) // 2])
+            await writer.drain()
+            return False
+        if fault is not None and fault.kind == "flip" and up_body:
+            place = self._rng.randrange(len(up_body))
+            up_body = up_body[:place] + bytes([up_body[place] ^ 1]) + up_body[place + 1 :]
+        # The server names itself in the addresses of resumable uploads; clients must come back through us.
+        up_head = up_head.replace(host.encode(), f"127.0.0.1:{self.port}".encode())
+        writer.write(up_head + up_body)
+        await writer.drain()
+        return b"connection: close" not in up_head.lower()
+
+    def _draw(self, kind: str, name: str, target: str) -> Fault | None:
+        with self._lock:
+            self._requests[kind] += 1
+            for fault in self.faults:
+                matches = (
+                    fault.request in ("", kind)
+                    and re.search(fault.object_pattern, name)
+                    and re.search(fault.target_pattern, target)
+                )
+                spent = fault.times is not None and self._struck[fault] >= fault.times
+                if matches and not spent and self._rng.random() < fault.probability:
+                    self._struck[fault] += 1
+                    self._injected[fault.kind] += 1
+                    return fault
+        return None
+
+    async def _answer_ourselves(self, writer: asyncio.StreamWriter, fault: Fault) -> bool:
+        if fault.kind == "reset":
+            connection: socket.socket = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+            return False
+        after = f"Retry-After: {fault.retry_after_s}\r\n" if fault.retry_after_s is not None else ""
+        body = b'{"error": {"code": %d, "message": "injected"}}' % fault.status
+        head = f"HTTP/1.1 {fault.status} Injected\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        writer.write((head + after + "\r\n").encode() + body)
+        await writer.drain()
+        return True
+
+    def _note_composites(self, kind: str, name: str, status: int) -> None:
+        if not _COMPOSITE.search(name):
+            return
+        with self._lock:
+            if kind == "compose" and status == 200:
+                self._composites.add(name)
+            elif kind == "delete" and status in (200, 204):
+                self._composites.discard(name)
+
+
+def classify(method: str, target: str) -> tuple[str, str]:
+    """Kind of a request to GCS's JSON or XML interface, and the object's name; the name is empty where none is."""
+    path, _, query = target.partition("?")
+    if path.startswith("/upload/") or "uploadType=" in query:
+        return "upload", unquote(query.partition("name=")[2].partition("&")[0])
+    json_path = re.fullmatch(r"(?:/download)?/storage/v1/b(?:/([^/]+))?(?:/o(?:/(.+))?)?/?", path)
+    if json_path is None:
+        _, _, key = path.lstrip("/").partition("/")
+        kind = {"GET": "read", "DELETE": "delete", "PUT": "upload", "HEAD": "meta"}.get(method, "other")
+        return (kind, unquote(key)) if key else ("bucket", "")
+    _bucket, key = json_path.groups()
+    if not key:
+        return ("list" if path.rstrip("/").endswith("/o") else "bucket"), ""
+    if method == "POST" and key.endswith("/compose"):
+        return "compose", unquote(key.removesuffix("/compose"))
+    if method == "DELETE":
+        return "delete", unquote(key)
+    if method == "GET":
+        return ("read" if "alt=media" in query else "meta"), unquote(key)
+    return "other", unquote(key)
+
+
+async def _read_head(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        return b""
+
+
+async def _read_body(reader: asyncio.StreamReader, head: bytes) -> bytes:
+    lowered = head.lower()
+    length = re.search(rb"(?m)^content-length:\s*(\d+)", lowered)
+    if length:
+        return await reader.readexactly(int(length.group(1)))
+    if not re.search(rb"(?m)^transfer-encoding:\s*chunked", lowered):
+        return b""
+    parts: list[bytes] = []
+    while True:
+        size_line = await reader.readuntil(b"\r\n")
+        size = int(size_line.split(b";")[0], 16)
+        chunk = await reader.readexactly(size + 2)
+        parts += [size_line, chunk]
+        if size == 0:
+            return b"".join(parts)

@@ -1,0 +1,208 @@
+"""How long the accelerator waited for data: AU and stalls of one epoch on one rank.
+
+AU (accelerator utilisation) follows MLPerf Storage's formula (source: argonne-lcf/dlio_benchmark,
+`utils/statscounter.py`; FACTS section 5):
+
+    AU = sum over steps i >= 2 of compute_i / (T - p_1)
+
+with T the epoch's wall time, barriers included, and p_1 the first step's load and compute together. Ours times
+cropping and augmentation too, which DLIO does not have: it is the AU formula, not an MLPerf result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StallReport:
+    """One rank's epoch. What cannot be said of so short an epoch is None."""
+
+    steps: int
+    """Steps computed."""
+
+    samples: int
+    """Samples computed on."""
+
+    wall_s: float
+    """From `start` to `finish`, in seconds: T of the formula."""
+
+    wait_s: float
+    """Seconds blocked waiting for data, the first batch and the wait for the end of the data included."""
+
+    compute_s: float
+    """Seconds inside `computing`."""
+
+    au: float | None
+    """Accelerator utilisation, 0 to 1; None below two steps."""
+
+    stall_share: float | None
+    """`wait_s / wall_s`, 0 to 1; None if no time passed."""
+
+    first_batch_s: float | None
+    """Seconds from `start` until the first batch was there; None without a batch."""
+
+    samples_per_s: float | None
+    """`samples / wall_s` of this rank; None if no time passed."""
+
+    stall_p50_s: float | None
+    """Median wait of the steps after the first, in seconds (the first has its own field); None below two steps."""
+
+    stall_p95_s: float | None
+    """95th percentile of the same."""
+
+    stall_p99_s: float | None
+    """99th percentile of the same."""
+
+
+class StallMeter:
+    """Times one epoch of a training loop.
+
+    The loop looks like this::
+
+        meter = StallMeter()
+        meter.start()
+        for batch in meter.feed(batches):      # every next() counts as waiting
+            with meter.computing(len(batch)):  # forward, backward, step
+                ...
+        barrier()
+        report = meter.finish()
+
+    On a GPU, kernels run on after the call returns: end the `computing` block with something that waits for the
+    device (reading the loss, or `torch.cuda.synchronize()`), or compute is counted as waiting. Not thread-safe;
+    cheap (two clock readings a step); after `finish`, `start` begins a new epoch.
+
+    Args:
+        clock: Returns the time in seconds, never going back; handed in so that tests are exact.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._started: float | None = None
+        self._waits: list[float] = []
+        self._computes: list[float] = []
+        self._first_batch_s: float | None = None
+        self._end_wait_s = 0.0
+        self._samples = 0
+
+    def start(self) -> None:
+        """Begin an epoch, forgetting what came before; call it before the data iterator is even made."""
+        self._waits.clear()
+        self._computes.clear()
+        self._first_batch_s = None
+        self._end_wait_s = 0.0
+        self._samples = 0
+        self._started = self._clock()
+
+    def feed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, with the time spent waiting for each recorded.
+
+        Args:
+            batches: Any iterable; making its iterator counts as waiting for its first batch.
+
+        Yields:
+            What `batches` yields, unchanged.
+
+        Raises:
+            RuntimeError: if the epoch has not been started.
+        """
+        started = self._running()
+        before = self._clock()
+        iterator = iter(batches)
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                self._end_wait_s += self._clock() - before
+                return
+            now = self._clock()
+            self._waits.append(now - before)
+            if self._first_batch_s is None:
+                self._first_batch_s = now - started
+            yield batch
+            before = self._clock()
+
+    @contextlib.contextmanager
+    def computing(self, samples: int) -> Iterator[None]:
+        """Time one step's compute; a block left by an exception does not count.
+
+        Args:
+            samples: Samples in this rank's batch.
+
+        Raises:
+            RuntimeError: if the epoch has not been started.
+        """
+        self._running()
+        before = self._clock()
+        yield
+        self._computes.append(self._clock() - before)
+        self._samples += samples
+
+    def finish(self) -> StallReport:
+        """End the epoch; call it after the closing barrier, which belongs to T.
+
+        Returns:
+            The epoch's figures on this rank.
+
+        Raises:
+            RuntimeError: if the epoch has not been started, or its batches and computed steps are not as many.
+        """
+        wall_s = self._clock() - self._running()
+        if len(self._waits) != len(self._computes):
+            raise RuntimeError(
+                f"expected one computed step for each batch; found {len(self._waits)} batches and "
+                f"{len(self._computes)} steps; put every step of the loop inside computing()"
+            )
+        self._started = None
+        wait_s = sum(self._waits) + self._end_wait_s
+        later = self._waits[1:]
+        return StallReport(
+            steps=len(self._computes),
+            samples=self._samples,
+            wall_s=wall_s,
+            wait_s=wait_s,
+            compute_s=sum(self._computes),
+            au=self._au(wall_s),
+            stall_share=wait_s / wall_s if wall_s > 0 else None,
+            first_batch_s=self._first_batch_s,
+            samples_per_s=self._samples / wall_s if wall_s > 0 else None,
+            stall_p50_s=percentile(later, 50),
+            stall_p95_s=percentile(later, 95),
+            stall_p99_s=percentile(later, 99),
+        )
+
+    def _au(self, wall_s: float) -> float | None:
+        if len(self._computes) < 2:
+            return None
+        steady_s = wall_s - (self._waits[0] + self._computes[0])
+        return sum(self._computes[1:]) / steady_s if steady_s > 0 else None
+
+    def _running(self) -> float:
+        if self._started is None:
+            raise RuntimeError("expected a started epoch; found none; call start() first")
+        return self._started
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """The value below which `percent` of 100 of the values lie, between neighbours in a straight line.
+
+    Args:
+        values: In any order.
+        percent: 0 to 100.
+
+    Returns:
+        The percentile, in the values' unit; None of nothing.
+    """
+    if not values:
+        return None
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)

@@ -1,0 +1,95 @@
+"""Listing: complete, classes told, three different errors for three different troubles."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from ingest.emulator import EmbeddedServer
+from ingest.errors import EmptyListingError, PlaceNotFoundError
+from ingest.listing import list_objects
+from ingest.stores import ObjectMeta, StoreConfig, open_store
+from ingest.stores.gcs_listing import what_is_missing
+from ingest.testing import MemoryStore, make_cases
+
+from .gcs_place import GCSPlace
+
+MANY = [f"deep/{number % 7}/{number:05d}_x.npy" for number in range(12_000)]
+
+
+def test_12_000_local_files_are_listed_completely(tmp_path: Path) -> None:
+    for folder in range(7):
+        (tmp_path / "deep" / str(folder)).mkdir(parents=True)
+    for name in MANY:
+        (tmp_path / name).touch()
+    assert [meta.name for meta in list_objects(open_store(str(tmp_path)))] == sorted(MANY)
+
+
+def test_12_000_objects_in_memory_are_listed_completely() -> None:
+    store = MemoryStore("memory://many").create()
+    for name in MANY:
+        store.put(name, b"")
+    assert [meta.name for meta in list_objects(store)] == sorted(MANY)
+
+
+def test_pages_of_any_size_give_the_same_listing(gcs_server: EmbeddedServer, bucket: str) -> None:
+    store = open_store(f"gs://{bucket}/cases")
+    make_cases(store, store, 20, (4, 4, 4), image_folder="images/", label_folder="labels/")
+    whole = list_objects(store)
+    assert len(whole) == 40
+    for size in (1, 7, 39, 40, 41):
+        assert list_objects(open_store(f"gs://{bucket}/cases", StoreConfig(list_page_size=size))) == whole
+
+
+def test_other_storage_classes_are_listed_and_told(
+    gcs_server: EmbeddedServer, bucket: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = GCSPlace(open_store(f"gs://{bucket}"), gcs_server.url)
+    for name, storage_class in (("a", None), ("b", "NEARLINE"), ("c", "NEARLINE"), ("d", "ARCHIVE")):
+        place.write(name, b"x", storage_class)
+    with caplog.at_level(logging.WARNING):
+        listed = list_objects(place.store)
+    assert [meta.storage_class for meta in listed] == ["STANDARD", "NEARLINE", "NEARLINE", "ARCHIVE"]
+    (record,) = caplog.records
+    assert "3 of 4 objects" in record.message
+    assert "1 ARCHIVE, 2 NEARLINE" in record.message
+
+
+def test_an_empty_prefix_and_a_missing_bucket_are_different_errors(gcs_server: EmbeddedServer, bucket: str) -> None:
+    with pytest.raises(EmptyListingError, match="holds none"):
+        list_objects(open_store(f"gs://{bucket}/nothing-here"))
+    with pytest.raises(PlaceNotFoundError, match="does not exist"):
+        list_objects(open_store("gs://no-such-bucket"))
+
+
+PLAIN = [ObjectMeta(f"case_{number:05d}_x.npy", number) for number in range(40_000)]
+
+
+def page_of(objects: list[ObjectMeta], start: str, limit: int) -> list[ObjectMeta]:
+    return [meta for meta in objects if meta.name >= start][:limit]
+
+
+@pytest.mark.parametrize(
+    ("lost", "missing"),
+    [
+        (slice(0, 0), False),
+        (slice(39_999, 40_000), True),  # the last
+        (slice(20_000, 40_000), True),  # a worker that never started
+        (slice(12_345, 12_445), True),  # a hundred amid
+        (slice(0, 40_000), True),
+    ],
+)
+def test_a_short_parallel_listing_is_found_out(lost: slice, missing: bool) -> None:
+    fast = list(PLAIN)
+    del fast[lost]
+    found = what_is_missing(PLAIN[:1000], fast, lambda start, limit: page_of(PLAIN, start, limit))
+    assert (found is not None) == missing, found
+
+
+def test_a_parallel_listing_with_wrong_sizes_or_strangers_is_found_out() -> None:
+    wrong = [PLAIN[0]._replace(size_bytes=9), *PLAIN[1:]]
+    assert "9 bytes" in str(what_is_missing(PLAIN[:10], wrong, lambda start, limit: page_of(PLAIN, start, limit)))
+    strange = [PLAIN[0], ObjectMeta("case_00000_y.npy", 1), *PLAIN[1:]]
+    assert "where there are" in str(what_is_missing(PLAIN[:10], strange, lambda s, limit: page_of(PLAIN, s, limit)))

@@ -1,0 +1,83 @@
+"""The run's table and pictures."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from ingest.errors import ConfigError
+from train.report import epoch_table, plot_case, plot_curves
+
+
+def rows(count: int = 6) -> list[dict[str, Any]]:
+    return [
+        {
+            "epoch": epoch,
+            "train_loss": math.exp(-epoch / 3),
+            "mean_dice": None if epoch == 2 else 0.9 - 0.5 * math.exp(-epoch / 2),
+            "learning_rate": 0.05,
+            "samples_per_s": 41.26,
+            "first_batch_s": 1.5,
+            "stall_share": 0.123,
+            "au": None if epoch == 0 else 0.91,
+        }
+        for epoch in range(count)
+    ]
+
+
+def printed(table: object) -> str:
+    out = io.StringIO()
+    Console(file=out, width=120).print(table)
+    return out.getvalue()
+
+
+def test_the_table_has_a_line_an_epoch_with_its_units() -> None:
+    text = printed(epoch_table(rows(3)))
+    assert "mean Dice" in text
+    for value in ("0.7165", "41.3", "12.3%", "91.0%", "1.50", "0.05"):
+        assert value in text, value
+
+
+def test_the_table_shows_a_dash_for_what_an_epoch_lacks() -> None:
+    line = next(line for line in printed(epoch_table([{"epoch": 4}])).splitlines() if " 4 " in line)
+    assert line.count(" - ") == 7
+
+
+def test_curves_become_a_png(tmp_path: Path) -> None:
+    plot_curves(rows(), tmp_path / "run" / "curves.png")
+    assert imread(tmp_path / "run" / "curves.png").std() > 0.01
+
+
+def test_curves_survive_rows_that_lack_everything(tmp_path: Path) -> None:
+    empty = dict.fromkeys(rows(1)[0])
+    for lacking in ([], [{}], [empty], [{"epoch": 0, "train_loss": math.nan}], rows(1)):
+        plot_curves(lacking, tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").stat().st_size > 1000
+        (tmp_path / "curves.png").unlink()
+
+
+def test_a_case_becomes_a_png_of_three_panels(tmp_path: Path) -> None:
+    truth = np.zeros((20, 24, 28), np.uint8)
+    truth[5:15, 4:20, 4:24] = 1
+    truth[8:12, 8:16, 8:20] = 2
+    image = truth + np.random.default_rng(0).normal(0, 0.2, truth.shape)
+    plot_case(image, truth, np.roll(truth, 2, axis=1), tmp_path / "case.png", "case_00001: mean Dice 0.83 $")
+    picture = imread(tmp_path / "case.png")
+    assert picture.shape[1] == 1200
+
+
+def test_a_case_of_unequal_shapes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one shape"):
+        plot_case(np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), np.zeros((2, 3, 5)), tmp_path / "x.png", "")
+
+
+def test_drawing_leaves_pyplot_alone() -> None:
+    assert "matplotlib.pyplot" not in sys.modules
