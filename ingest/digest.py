@@ -31,7 +31,7 @@ def digest_batch(batch: Mapping[str, npt.NDArray[Any]], into: Digests) -> None:
         digest = hashlib.sha256(np.int64(index).astype("<i8").tobytes())
         for array in (image, label):
             digest.update(repr((array.dtype.str, array.shape)).encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         into[epoch, index] = digest.digest()
 
 

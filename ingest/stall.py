@@ -11,7 +11,6 @@ cropping and augmentation too, which DLIO does not have: it is the AU formula, n
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,13 +30,13 @@ class StallReport:
     """Samples computed on."""
 
     wall_s: float
-    """From `start` to `finish`, in seconds: T of the formula."""
+    """From making the meter to `result`, in seconds: T of the formula."""
 
     wait_s: float
     """Seconds blocked waiting for data, the first batch and the wait for the end of the data included."""
 
     compute_s: float
-    """Seconds inside `computing`."""
+    """Seconds inside the loop's body."""
 
     au: float | None
     """Accelerator utilisation, 0 to 1; None below two steps."""
@@ -46,7 +45,7 @@ class StallReport:
     """`wait_s / wall_s`, 0 to 1; None if no time passed."""
 
     first_batch_s: float | None
-    """Seconds from `start` until the first batch was there; None without a batch."""
+    """Seconds from making the meter until the first batch was there; None without a batch."""
 
     samples_per_s: float | None
     """`samples / wall_s` of this rank; None if no time passed."""
@@ -62,21 +61,19 @@ class StallReport:
 
 
 class StallMeter:
-    """Times one epoch of a training loop.
+    """Times one epoch of a training loop; it starts when it is made, and serves for that epoch only.
 
     The loop looks like this::
 
         meter = StallMeter()
-        meter.start()
-        for batch in meter.feed(batches):      # every next() counts as waiting
-            with meter.computing(len(batch)):  # forward, backward, step
-                ...
+        for batch in meter.steps(batches):  # every next() counts as waiting, the loop's body as compute
+            ...
         barrier()
-        report = meter.finish()
+        report = meter.result(samples=samples)
 
-    On a GPU, kernels run on after the call returns: end the `computing` block with something that waits for the
-    device (reading the loss, or `torch.cuda.synchronize()`), or compute is counted as waiting. Not thread-safe;
-    cheap (two clock readings a step); after `finish`, `start` begins a new epoch.
+    On a GPU, kernels run on after the call returns: let the body end with something that waits for the device
+    (reading the loss, or `torch.cuda.synchronize()`), or compute goes uncounted and AU comes out too low. Not
+    thread-safe; cheap (two clock readings a step).
 
     Args:
         clock: Returns the time in seconds, never going back; handed in so that tests are exact.
@@ -84,35 +81,21 @@ class StallMeter:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._started: float | None = None
         self._waits: list[float] = []
         self._computes: list[float] = []
         self._first_batch_s: float | None = None
         self._end_wait_s = 0.0
-        self._samples = 0
+        self._started = clock()
 
-    def start(self) -> None:
-        """Begin an epoch, forgetting what came before; call it before the data iterator is even made."""
-        self._waits.clear()
-        self._computes.clear()
-        self._first_batch_s = None
-        self._end_wait_s = 0.0
-        self._samples = 0
-        self._started = self._clock()
-
-    def feed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches, with the time spent waiting for each recorded.
+    def steps(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, with the wait for each and the step made of each recorded.
 
         Args:
             batches: Any iterable; making its iterator counts as waiting for its first batch.
 
         Yields:
-            What `batches` yields, unchanged.
-
-        Raises:
-            RuntimeError: if the epoch has not been started.
+            What `batches` yields, unchanged. A loop may be left early: its last body counts.
         """
-        started = self._running()
         before = self._clock()
         iterator = iter(batches)
         while True:
@@ -124,54 +107,35 @@ class StallMeter:
             now = self._clock()
             self._waits.append(now - before)
             if self._first_batch_s is None:
-                self._first_batch_s = now - started
-            yield batch
-            before = self._clock()
+                self._first_batch_s = now - self._started
+            try:
+                yield batch
+            finally:  # also when the loop is left by `break`, which closes this generator
+                before = self._clock()
+                self._computes.append(before - now)
 
-    @contextlib.contextmanager
-    def computing(self, samples: int) -> Iterator[None]:
-        """Time one step's compute; a block left by an exception does not count.
+    def result(self, *, samples: int) -> StallReport:
+        """The epoch's figures on this rank; call it after the closing barrier, which belongs to T.
 
         Args:
-            samples: Samples in this rank's batch.
-
-        Raises:
-            RuntimeError: if the epoch has not been started.
-        """
-        self._running()
-        before = self._clock()
-        yield
-        self._computes.append(self._clock() - before)
-        self._samples += samples
-
-    def finish(self) -> StallReport:
-        """End the epoch; call it after the closing barrier, which belongs to T.
+            samples: Samples that this rank trained on in the epoch.
 
         Returns:
-            The epoch's figures on this rank.
-
-        Raises:
-            RuntimeError: if the epoch has not been started, or its batches and computed steps are not as many.
+            The figures, up to now.
         """
-        wall_s = self._clock() - self._running()
-        if len(self._waits) != len(self._computes):
-            raise RuntimeError(
-                f"expected one computed step for each batch; found {len(self._waits)} batches and "
-                f"{len(self._computes)} steps; put every step of the loop inside computing()"
-            )
-        self._started = None
+        wall_s = self._clock() - self._started
         wait_s = sum(self._waits) + self._end_wait_s
         later = self._waits[1:]
         return StallReport(
             steps=len(self._computes),
-            samples=self._samples,
+            samples=samples,
             wall_s=wall_s,
             wait_s=wait_s,
             compute_s=sum(self._computes),
             au=self._au(wall_s),
             stall_share=wait_s / wall_s if wall_s > 0 else None,
             first_batch_s=self._first_batch_s,
-            samples_per_s=self._samples / wall_s if wall_s > 0 else None,
+            samples_per_s=samples / wall_s if wall_s > 0 else None,
             stall_p50_s=percentile(later, 50),
             stall_p95_s=percentile(later, 95),
             stall_p99_s=percentile(later, 99),
@@ -182,11 +146,6 @@ class StallMeter:
             return None
         steady_s = wall_s - (self._waits[0] + self._computes[0])
         return sum(self._computes[1:]) / steady_s if steady_s > 0 else None
-
-    def _running(self) -> float:
-        if self._started is None:
-            raise RuntimeError("expected a started epoch; found none; call start() first")
-        return self._started
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:

@@ -28,6 +28,7 @@ def run_epoch(
     """An epoch of four samples a step whose every wait and compute takes just so long."""
     clock = HandClock()
     meter = StallMeter(clock)
+    clock.move(setup_s)
 
     def batches() -> Iterator[int]:
         for step, wait_s in enumerate(waits):
@@ -35,13 +36,10 @@ def run_epoch(
             yield step
         clock.move(end_wait_s)
 
-    meter.start()
-    clock.move(setup_s)
-    for step in meter.feed(batches()):
-        with meter.computing(samples=4):
-            clock.move(computes[step])
+    for step in meter.steps(batches()):
+        clock.move(computes[step])
     clock.move(barrier_s)
-    return meter.finish()
+    return meter.result(samples=4 * len(waits))
 
 
 def test_au_equals_the_formula_worked_by_hand() -> None:
@@ -105,43 +103,32 @@ def test_an_epoch_in_which_no_time_passes_divides_by_nothing() -> None:
     assert report.samples_per_s is None
 
 
-def test_a_second_epoch_starts_from_nothing() -> None:
+def test_a_loop_left_early_counts_its_last_step() -> None:
     clock = HandClock()
     meter = StallMeter(clock)
-    for compute_s in (10.0, 1.0):
-        meter.start()
-        for _ in meter.feed(range(2)):
-            with meter.computing(samples=1):
-                clock.move(compute_s)
-        report = meter.finish()
-    assert report.wall_s == 2.0
-    assert report.samples == 2
+    for step in meter.steps(range(10)):
+        clock.move(2.0)
+        if step == 2:
+            break
+    report = meter.result(samples=3)
+    assert (report.steps, report.compute_s, report.au) == (3, 6.0, 1.0)
+
+
+def test_batches_pass_through_unchanged_and_so_does_an_error() -> None:
+    def failing() -> Iterator[int]:
+        yield 1
+        raise OSError("gone")
+
+    steps = StallMeter().steps(failing())
+    assert next(steps) == 1
+    with pytest.raises(OSError, match="gone"):
+        next(steps)
 
 
 def test_the_meter_works_on_the_real_clock() -> None:
     meter = StallMeter()
-    meter.start()
-    for _ in meter.feed(range(3)):
-        with meter.computing(samples=1):
-            sum(range(1000))
-    report = meter.finish()
+    for _ in meter.steps(range(3)):
+        sum(range(10_000))
+    report = meter.result(samples=3)
     assert report.au is not None
     assert 0 < report.au <= 1
-
-
-def test_time_before_the_start_is_refused() -> None:
-    meter = StallMeter()
-    with pytest.raises(RuntimeError, match="call start"):
-        meter.finish()
-    with pytest.raises(RuntimeError, match="call start"), meter.computing(samples=1):
-        pass
-    with pytest.raises(RuntimeError, match="call start"):
-        next(meter.feed([1]))
-
-
-def test_batches_without_a_computed_step_are_refused() -> None:
-    meter = StallMeter(HandClock())
-    meter.start()
-    list(meter.feed([1, 2]))
-    with pytest.raises(RuntimeError, match="2 batches and 0 steps"):
-        meter.finish()

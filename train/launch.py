@@ -28,7 +28,7 @@ from . import preflight
 from .config import Recipe
 from .loop import CHECKPOINT_FILE, LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
-from .report import epoch_line, epoch_table, plot_curves
+from .report import epoch_table, plot_curves
 
 RECIPE_FILE = "recipe.json"
 POLL_S = 1.0
@@ -220,6 +220,15 @@ def resolve(data: DataConfig, manifest: Manifest, console: Console) -> DataConfi
         images=manifest.images_uri,
         labels=manifest.labels_uri,
         store=dataclasses.replace(data.store, transport=choice.transport),
+    )
+
+
+def epoch_line(row: Row, epochs: int) -> str:
+    """One epoch in one line, as the run goes."""
+    dice = "" if row["mean_dice"] is None else f", mean Dice {row['mean_dice']:.4f}"
+    return (
+        f"epoch {row['epoch'] + 1}/{epochs}: loss {row['train_loss']:.4f}{dice}, "
+        f"{row['samples_per_s']:.1f} samples/s, stall {row['stall_share']:.1%}"
     )
 
 

@@ -16,7 +16,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-from ingest.stall import StallMeter
 from ray.data import DataIterator
 from ray.data.collate_fn import NumpyBatchCollateFn
 
@@ -26,11 +25,12 @@ from ingest.fetch import ShardSpec, read_shard
 from ingest.manifest import Manifest
 from ingest.pipeline import views
 from ingest.plan import Indices
+from ingest.stall import StallMeter
 
 from .config import Recipe
 from .evaluate import score_case
 from .loss import DiceCELoss
-from .optimizer import learning_rate_at, make_optimizer
+from .optimizer import learning_rate_at, make_optimizer, set_learning_rate
 from .unet3d import UNet3D
 
 Batch = dict[str, torch.Tensor]
@@ -90,16 +90,16 @@ def train_loop(config: dict[str, Any]) -> None:
     precision = autocast(recipe, device)
     first_epoch, step = restore(network, optimizer, device)
     shard = ray.train.get_dataset_shard("train")
+    steps_per_epoch = job.train_cases // (recipe.trainer.batch_size * world_size)
     for epoch in range(first_epoch, recipe.trainer.epochs):
-        rate = learning_rate_at(recipe.optimizer, epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         model.train()
-        meter = StallMeter(time.perf_counter)
-        losses: list[torch.Tensor] = []
+        losses: list[float] = []
         samples = 0
+        meter = StallMeter(time.perf_counter)
         for batch in meter.steps(batches(shard, recipe, device)):
             check_epoch(batch, epoch)
+            rate = learning_rate_at(recipe.optimizer, epoch, len(losses), steps_per_epoch)
+            set_learning_rate(optimizer, rate)
             with precision():
                 logits = model(batch["image"])
             loss = loss_of(logits, batch["label"])
@@ -108,20 +108,20 @@ def train_loop(config: dict[str, Any]) -> None:
             if recipe.optimizer.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.optimizer.clip_norm)
             optimizer.step()
-            losses.append(loss.detach())
             samples += len(batch["index"])
             step += 1
+            losses.append(float(loss.detach()))  # waits for the device, so that compute is timed as compute
+        barrier()  # an epoch's time ends when the last rank is done, as the AU formula has it
+        timing = meter.result(samples=samples)
         if not losses:
             raise ConfigError(
                 f"expected at least one batch of {recipe.trainer.batch_size} a rank in epoch {epoch}, found "
                 f"{job.train_cases} cases for {world_size} ranks; lower --trainer.batch-size or add cases"
             )
-        barrier()  # an epoch's time ends when the last rank is done, as the AU formula has it
-        timing = meter.result(samples=samples)
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": step,
-            "train_loss": float(torch.stack(losses).mean()),
+            "train_loss": sum(losses) / len(losses),
             "learning_rate": rate,
             "samples": samples,
             "samples_per_s": timing.samples_per_s,

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import pytest
 import ray
-from ingest.testing import make_cases
 
 from ingest.emulator import EmbeddedServer
 from ingest.stores import open_store
+from ingest.testing import make_cases
 
 CASES = 41
 SHAPES = [(12, 12, 12), (12, 14, 16), (20, 12, 13)]
