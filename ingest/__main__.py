@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 def _prepare(arguments: list[str], console: Console) -> int:
     result = prepare(_parse(PrepareConfig, "prepare", arguments))
-    console.print(str(result))
+    console.print(
+        f"made {result.made} cases and {result.copied} copies, {result.already_there} were there already\n"
+        f"images: {result.images_uri}\nlabels: {result.labels_uri}"
+    )
     return 0
 
 

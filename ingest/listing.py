@@ -112,4 +112,5 @@ def _progress(uri: str, *, shown: bool) -> Iterator[Callable[[int], None]]:
     try:
         yield found
     finally:
-        bar.stop()
+        if bar.live.is_started:  # stopping one that never started prints an empty line
+            bar.stop()

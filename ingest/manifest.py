@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import ManifestError, ObjectError, StoreError
@@ -21,6 +22,7 @@ from .stores.base import ObjectMeta, StoreConfig, open_store
 
 FORMAT = "voxflux-manifest"
 FORMAT_VERSION = 1
+COPY_PATTERN = r"_copy_\d{5}$"  # what `python -m ingest prepare --copies` adds to a case's key
 
 SCHEMA = pa.schema(
     [
@@ -71,6 +73,12 @@ class Manifest:
         """Bytes of image and label together, (N,) int64, by index."""
         sizes: npt.NDArray[np.int64] = self.table["image_bytes"].to_numpy() + self.table["label_bytes"].to_numpy()
         return sizes
+
+    def subjects(self) -> npt.NDArray[np.int64]:
+        """For each case the number of its subject, (N,) int64: `prepare --copies` makes several cases of one."""
+        ids = pc.replace_substring_regex(self.table["case_id"].combine_chunks(), COPY_PATTERN, "")
+        numbers: npt.NDArray[np.int64] = ids.dictionary_encode().indices.to_numpy().astype(np.int64)
+        return numbers
 
     def take(self, indices: npt.NDArray[np.int64]) -> pa.Table:
         """The rows of these cases, in the order asked, in buffers of their own: small to pickle."""

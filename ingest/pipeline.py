@@ -46,7 +46,7 @@ class DataConfig:
     """Of the order, the crops and the augmentations; the same seed gives the same samples on any cluster."""
 
     holdout_fraction: float = 0.1
-    """Share of the cases that is kept from training, to validate on."""
+    """Share of the subjects that is kept from training, to validate on; copies of a case stay together."""
 
     blocks_in_flight: int | None = None
     """Read tasks at once over the whole cluster; None leaves it to Ray Data."""
@@ -136,7 +136,7 @@ def training_dataset(
         Rows of `case_id` string, `index` int64 (in the manifest), `epoch` int64, `image` (C, *patch) float32 and
         `label` (1, *patch) uint8, in the order of the plan.
     """
-    candidates, _ = split_holdout(config.seed, len(manifest), config.holdout_fraction)
+    candidates, _ = split_holdout(config.seed, manifest.subjects(), config.holdout_fraction)
     plan = TrainingPlan(
         case_bytes=manifest.case_bytes(),
         seed=config.seed,

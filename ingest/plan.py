@@ -33,24 +33,32 @@ def epoch_order(seed: int, epoch: int, cases: int) -> Indices:
     return stream(seed, epoch, 0, ORDER).permutation(cases).astype(np.int64, copy=False)
 
 
-def split_holdout(seed: int, cases: int, fraction: float) -> tuple[Indices, Indices]:
-    """Split all cases into training and held-out ones, each ascending.
+def split_holdout(seed: int, subjects: Indices, fraction: float) -> tuple[Indices, Indices]:
+    """Split all cases into training and held-out ones, each ascending; a subject's cases stay together.
 
-    The held-out part is a function of (seed, cases) and of at least one case where `fraction` is above 0.
+    The held-out part is a function of (seed, subjects) and of at least one subject where `fraction` is above 0.
+
+    Args:
+        seed: which subjects are held out.
+        subjects: (N,) int64, for each case the number of its subject, from 0 without a gap.
+        fraction: share of the subjects.
 
     Raises:
         ConfigError: nothing would be left to train on.
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"the held-out fraction must be from 0 to below 1; got {fraction}")
-    held = 0 if fraction == 0 else max(1, round(cases * fraction))
-    if held >= cases:
+    total = int(subjects.max()) + 1
+    held = 0 if fraction == 0 else max(1, round(total * fraction))
+    if held >= total:
         raise ConfigError(
-            f"expected cases to train on, found {cases} of which {held} would be held out; "
+            f"expected subjects to train on, found {total} of which {held} would be held out; "
             "add cases or lower --data.holdout-fraction"
         )
-    order = stream(seed, 0, 0, HOLDOUT).permutation(cases)
-    return np.sort(order[held:]).astype(np.int64), np.sort(order[:held]).astype(np.int64)
+    chosen = np.zeros(total, dtype=bool)
+    chosen[stream(seed, 0, 0, HOLDOUT).permutation(total)[:held]] = True
+    held_out = chosen[subjects]
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,7 +73,7 @@ def test_streams_of_different_cases_epochs_and_seeds_differ():
 
 
 def test_the_held_out_cases_are_never_trained_on():
-    train, held = split_holdout(3, 100, 0.15)
+    train, held = split_holdout(3, np.arange(100), 0.15)
     assert len(held) == 15
     assert sorted([*train.tolist(), *held.tolist()]) == list(range(100))
     for epoch in range(3):
@@ -83,9 +83,16 @@ def test_the_held_out_cases_are_never_trained_on():
         assert set(plan.order.tolist()) == set(train.tolist())
 
 
+def test_copies_of_one_subject_are_held_out_together():
+    subjects = np.repeat(np.arange(10), 7)
+    train, held = split_holdout(1, subjects, 0.3)
+    assert len(held) == 21
+    assert not set(subjects[train]) & set(subjects[held])
+
+
 def test_holding_out_every_case_is_refused():
     with pytest.raises(ConfigError, match="found 1 of which 1 would be held out"):
-        split_holdout(0, 1, 0.1)
+        split_holdout(0, np.arange(1), 0.1)
 
 
 def test_a_million_cases_plan_within_a_second_or_five_and_within_a_gigabyte():

@@ -131,6 +131,9 @@ def from_json(text: str) -> Recipe:
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:
     """Build a dataclass from plain values, going down where the default is a dataclass, and back to tuples."""
+    unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise KeyError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
     built: dict[str, Any] = {}
     nested = {"demo": DemoConfig}
     for field in dataclasses.fields(kind):

@@ -66,7 +66,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         stack.enter_context(connected_ray())
         use_gpu = preflight.check_cluster(recipe)
         manifest, recipe = open_data(recipe, console)
-        train, held_out = split_holdout(recipe.data.seed, len(manifest), recipe.data.holdout_fraction)
+        train, held_out = split_holdout(recipe.data.seed, manifest.subjects(), recipe.data.holdout_fraction)
         preflight.check_amount(recipe, len(train))
         preflight.check_smallest(recipe, manifest)
         open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -208,52 +206,36 @@ def _run_on_ray(source: CaseSource, jobs: Sequence[Job], config: PrepareConfig) 
     import ray
     import ray.exceptions
 
-    ours = not ray.is_initialized()
-    if ours:
-        _start_ray()
-    in_flight: list[Any] = []
-    try:
-        cpus = float(ray.cluster_resources().get("CPU", 1.0))  # type: ignore[no-untyped-call]
-        workers = config.workers or max(1, int(cpus / config.num_cpus))
-        if config.num_cpus > cpus:
-            raise ConfigError(
-                f"expected --num-cpus of at most the {cpus:g} CPUs that the cluster has, found "
-                f"{config.num_cpus:g}; lower it: the tasks would wait for ever"
-            )
-        task = ray.remote(num_cpus=config.num_cpus)(run_job)
-        shared = ray.put(source)
-        waiting = iter(jobs)
-        while True:
-            while len(in_flight) < workers and (job := next(waiting, None)) is not None:
-                in_flight.append(task.remote(shared, config.output, job))
-            if not in_flight:
-                return
-            ended, in_flight = ray.wait(in_flight, num_returns=1)
-            for reference in ended:
-                yield ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, Exception):
-            raise error.cause from None  # the error itself, without Ray's text of the worker's traceback
-        raise
-    finally:
-        for reference in in_flight:
-            ray.cancel(reference, force=True)
-        if ours:
-            ray.shutdown()
+    from ..cluster import connected_ray
 
-
-def _start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS or of this machine, or start one; without its logs."""
-    import ray
-
-    # Workers of a cluster that already runs know nothing of this process's server.
-    server = {name: os.environ[name] for name in ("STORAGE_EMULATOR_HOST",) if name in os.environ}
-    ray.init(
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": server} if server else None,
-    )
+    with connected_ray():
+        in_flight: list[Any] = []
+        try:
+            cpus = float(ray.cluster_resources().get("CPU", 1.0))  # type: ignore[no-untyped-call]
+            workers = config.workers or max(1, int(cpus / config.num_cpus))
+            if config.num_cpus > cpus:
+                raise ConfigError(
+                    f"expected --num-cpus of at most the {cpus:g} CPUs that the cluster has, found "
+                    f"{config.num_cpus:g}; lower it: the tasks would wait for ever"
+                )
+            task = ray.remote(num_cpus=config.num_cpus)(run_job)
+            shared = ray.put(source)
+            waiting = iter(jobs)
+            while True:
+                while len(in_flight) < workers and (job := next(waiting, None)) is not None:
+                    in_flight.append(task.remote(shared, config.output, job))
+                if not in_flight:
+                    return
+                ended, in_flight = ray.wait(in_flight, num_returns=1)
+                for reference in ended:
+                    yield ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, Exception):
+                raise error.cause from None  # the error itself, without Ray's text of the worker's traceback
+            raise
+        finally:
+            for reference in in_flight:
+                ray.cancel(reference, force=True)
 
 
 def _show_progress(done: Iterator[Job], already_there: int, total: int) -> None:

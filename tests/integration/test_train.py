@@ -1,0 +1,121 @@
+"""The training job on a real Ray Train: two ranks, a bucket, checkpoints, scores."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from ingest.augment import AugmentConfig
+from ingest.crop import CropConfig
+from ingest.errors import ConfigError, DecodeError
+from ingest.pipeline import DataConfig
+from ingest.stores import open_store
+from train.__main__ import main
+from train.config import Recipe, TrainerConfig, from_json
+from train.evaluate import SlidingWindowConfig
+from train.launch import run
+from train.optimizer import OptimizerConfig
+from train.unet3d import UNet3DConfig
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+
+def tiny(root: str, run_dir: Path, **trainer) -> Recipe:
+    options = {"num_workers": 2, "cpus_per_worker": 0.5, "batch_size": 4, "epochs": 2, "use_gpu": False} | trainer
+    return Recipe(
+        run_dir=str(run_dir),
+        data=DataConfig(
+            images=f"{root}images",
+            labels=f"{root}labels",
+            seed=3,
+            holdout_fraction=0.15,
+            task_cpus=0.5,
+            crop=CropConfig(patch=(8, 8, 8)),
+            augment=AugmentConfig(brightness_range=(-0.3, 0.3)),
+        ),
+        model=UNet3DConfig(filters=(4, 8), bottleneck=8),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=5e-3, warmup_epochs=0),
+        window=SlidingWindowConfig(roi=(8, 8, 8), overlap=0.25),
+        trainer=TrainerConfig(**options),
+    )
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def test_two_ranks_train_score_every_held_out_case_once_and_leave_a_whole_run_behind(places, tmp_path):
+    outcome = run(tiny(places.gs, tmp_path / "run"), "tiny", quiet())
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert rows == outcome.rows
+    assert [row["epoch"] for row in rows] == [0, 1]
+    for row in rows:
+        assert row["samples"] == 32
+        assert row["tail"] == 3
+        assert row["scored"] == 6
+        assert row["ranks"] == 2
+        assert 0 <= row["mean_dice"] <= 1
+        assert 0 < row["au"] <= 1
+        assert 0 <= row["stall_share"] < 1
+        assert row["first_batch_s"] > 0
+        assert row["samples_per_s"] > 0
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    state = torch.load(Path(outcome.checkpoint) / "state.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 8)
+    assert from_json(state["recipe"]).model == tiny(places.gs, tmp_path).model
+    assert all(Path(picture).read_bytes().startswith(b"\x89PNG") for picture in outcome.pictures)
+    assert len(outcome.pictures) == 2
+
+
+def test_a_run_from_a_manifest_lists_nothing_and_trains_the_same_cases(places, tmp_path):
+    from ingest.index import index_cases
+
+    saved = str(tmp_path / "train.parquet")
+    index_cases(f"{places.local}images", f"{places.local}labels").manifest.save(saved)
+    recipe = tiny(places.local, tmp_path / "run", num_workers=1, epochs=1, evaluate_every=0)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, manifest=saved, images="", labels=""))
+    outcome = run(recipe, "tiny", quiet())
+    assert outcome.rows[0]["samples"] == 32
+    assert outcome.rows[0]["mean_dice"] is None
+
+
+def test_a_bad_case_ends_a_run_with_its_name_and_reason(places, tmp_path):
+    for role in ("images", "labels"):
+        source, target = open_store(f"{places.local}{role}/"), open_store(f"{tmp_path}/set/{role}/")
+        for entry in source.list():
+            target.put(entry.name, source.fetch([entry])[0])
+    for number in range(41):
+        (tmp_path / "set" / "labels" / f"case_{number:05d}_y.npy").write_bytes(b"no label at all, but long enough")
+    recipe = tiny(f"{tmp_path}/set/", tmp_path / "run", evaluate_every=0)
+    with pytest.raises(DecodeError, match=r"case_\d+_y\.npy: expected an \.npy file") as caught:
+        run(recipe, "tiny", quiet())
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cpus_per_worker": 2.0}, "expected at least 0.5 CPUs for reading"),
+        ({"batch_size": 100}, "expected at least 200 training cases"),
+        ({"use_gpu": True}, "expected a GPU for each of 2 ranks"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_before_it_starts(places, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run(tiny(places.gs, tmp_path / "run", **changes), "tiny", quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_uris_is_refused(tmp_path, capsys):
+    assert main(["run", "kits19-small", "--run-dir", str(tmp_path / "run"), "--data.images", "gs://b/i"]) == 1
+    assert "expected two URIs, --data.images and --data.labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["nonsense"]])
+def test_the_recipes_are_listed(arguments, capsys):
+    assert main(arguments) == (0 if arguments == ["--help"] else 2)
+    printed = capsys.readouterr()
+    assert "kits19-mlperf" in printed.out + printed.err

@@ -1,0 +1,112 @@
+"""What would go wrong later is said before anything starts, with the numbers that decide it."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+
+from ingest.crop import CropConfig
+from ingest.errors import ConfigError
+from ingest.manifest import Manifest
+from ingest.pairing import Case
+from ingest.stores import ObjectMeta, open_store
+from train import preflight
+from train.config import DemoConfig, Recipe, TrainerConfig, from_json
+from train.recipes import DEMO, RECIPES
+
+
+def with_trainer(**changes) -> Recipe:
+    return dataclasses.replace(DEMO, trainer=dataclasses.replace(DEMO.trainer, **changes))
+
+
+def test_trainers_that_leave_no_cpu_for_reading_are_refused():
+    with pytest.raises(ConfigError, match=r"expected at least 1 CPUs for reading .* found 0: the cluster has 2 and 2"):
+        preflight.check_cpus(with_trainer(cpus_per_worker=1.0), cpus=2)
+    preflight.check_cpus(DEMO, cpus=2)
+
+
+def test_gpus_are_taken_where_there_are_enough_and_missed_where_they_are_asked_for():
+    assert preflight.check_gpus(with_trainer(use_gpu=None), gpus=2)
+    assert not preflight.check_gpus(with_trainer(use_gpu=None), gpus=1)
+    assert not preflight.check_gpus(with_trainer(use_gpu=False), gpus=8)
+    with pytest.raises(ConfigError, match="expected a GPU for each of 2 ranks, found 1"):
+        preflight.check_gpus(with_trainer(use_gpu=True), gpus=1)
+
+
+def test_a_batch_larger_than_the_data_set_is_refused():
+    with pytest.raises(ConfigError, match=r"expected at least 8 training cases.*found 7"):
+        preflight.check_amount(DEMO, 7)
+    preflight.check_amount(DEMO, 8)
+
+
+def test_a_patch_larger_than_the_smallest_volume_is_refused_and_the_volume_named(tmp_path):
+    place = f"{tmp_path}/"
+    metas = []
+    for name, shape in (("a_x.npy", (1, 40, 40, 40)), ("b_x.npy", (1, 40, 16, 40))):
+        file = io.BytesIO()
+        np.save(file, np.zeros(shape, np.float32))
+        open_store(place).put(name, file.getvalue())
+        metas.append(ObjectMeta(name, len(file.getvalue())))
+    cases = [Case(m.name[0], m, ObjectMeta(m.name[0] + "_y.npy", 1)) for m in metas]
+    manifest = Manifest.from_cases(cases, images_uri=place, labels_uri=place)
+    with pytest.raises(ConfigError, match=r"patch of \(32, 32, 32\), found \(40, 16, 40\) in the smallest, .*b_x\.npy"):
+        preflight.check_smallest(DEMO, manifest)
+
+
+def test_instance_norm_on_a_bottleneck_of_one_voxel_is_refused():
+    recipe = RECIPES["kits19-mlperf"][1]
+    small = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, crop=CropConfig(patch=(32, 32, 32))))
+    with pytest.raises(ConfigError, match="instance"):
+        preflight.check_model(small)
+    preflight.check_model(recipe)
+
+
+@pytest.mark.parametrize(("part", "field", "value"), [("model", "in_channels", 2), ("model", "num_classes", 5)])
+def test_a_network_for_other_data_is_refused(part, field, value):
+    changed = dataclasses.replace(DEMO, **{part: dataclasses.replace(getattr(DEMO, part), **{field: value})})
+    with pytest.raises(ConfigError, match="expected a network for"):
+        preflight.check_model(changed)
+
+
+def test_a_run_folder_without_room_is_refused(tmp_path):
+    huge = dataclasses.replace(DEMO, model=dataclasses.replace(DEMO.model, bottleneck=2_000_000))
+    with pytest.raises(ConfigError, match=r"MiB for checkpoints .* MiB free"):
+        preflight.check_space(huge, str(tmp_path / "run"))
+    preflight.check_space(DEMO, str(tmp_path / "run"))
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(ConfigError, match="expected a folder to keep the run in, found the file"):
+        preflight.check_space(DEMO, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_recipe_is_read_back_as_it_was_saved(name):
+    recipe = RECIPES[name][1]
+    assert from_json(recipe.to_json()) == recipe
+
+
+def test_what_is_no_recipe_is_refused():
+    with pytest.raises(ConfigError, match="expected a saved recipe"):
+        from_json('{"trainer": {"no_such_field": 1}}')
+
+
+def test_held_out_cases_are_scored_when_due_and_at_the_end():
+    trainer = TrainerConfig(epochs=10, evaluate_from=3, evaluate_every=4)
+    assert [e for e in range(10) if trainer.evaluates(e)] == [3, 7, 9]
+    assert not any(TrainerConfig(evaluate_every=0).evaluates(e) for e in range(100))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"num_workers": 0}, {"batch_size": 0}, {"epochs": 0}, {"cpus_per_worker": 0}, {"precision": "int4"}]
+)
+def test_trainer_config_rejects_what_cannot_train(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        TrainerConfig(**bad)
+
+
+def test_demo_config_rejects_too_little_data():
+    with pytest.raises(ConfigError, match="2 cases or more"):
+        DemoConfig(cases=1)
