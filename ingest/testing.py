@@ -1,4 +1,7 @@
-"""What tests, benchmarks and demos of stores need: stores in memory, imitated latency, small labelled cases."""
+"""What tests, benchmarks and demos of stores need: stores in memory, imitated latency, faults, small labelled cases.
+
+`StoreContract` is found here too; it needs pytest, so it is loaded when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -21,7 +25,18 @@ from .errors import (
     PlaceNotFoundError,
     StaleManifestError,
 )
+from .fault_proxy import Fault, FaultProxy
 from .stores.base import BaseStore, Bodies, ObjectMeta, Puts, Store, StoreConfig
+
+__all__ = [
+    "Fault",
+    "FaultProxy",
+    "LatencyStore",
+    "MemoryStore",
+    "make_case",
+    "make_cases",
+    "npy_bytes",
+]
 
 ShapeDHW = tuple[int, int, int]
 
@@ -203,3 +218,11 @@ def _shapes(shape: ShapeDHW | Sequence[ShapeDHW]) -> list[ShapeDHW]:
             raise ConfigError(f"expected a shape (D, H, W) or several of them, found {shape!r}")
         return [(flat[0], flat[1], flat[2])]
     return [size for size in shape if not isinstance(size, int)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("StoreContract", "FlatNamesContract"):
+        from . import store_contract
+
+        return getattr(store_contract, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from ingest.emulator import EmbeddedServer
 from ingest.stores import open_store
 from ingest.testing import make_cases
 
-CASES = 41
+CASES = 65
 SHAPES = [(12, 12, 12), (12, 14, 16), (20, 12, 13)]
 
 
@@ -45,7 +45,7 @@ def ray_here(gcs_server: EmbeddedServer) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def places(gcs_server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """41 cases of three shapes, in a bucket and in a folder."""
+    """65 cases of three shapes, in a bucket and in a folder."""
     gcs_server.create_bucket("integration")
     folder: Path = tmp_path_factory.mktemp("cases")
     found = Places("gs://integration/set/", f"{folder}/")

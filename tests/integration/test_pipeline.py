@@ -9,7 +9,7 @@ import ray.data
 
 from ingest.crop import CropConfig
 from ingest.digest import combine, digest_batches
-from ingest.errors import DecodeError, ObjectNotFoundError
+from ingest.errors import DecodeError, ObjectNotFoundError, StaleManifestError
 from ingest.index import index_cases
 from ingest.pipeline import DataConfig, training_dataset
 from ingest.plan import ShardConfig, epoch_order
@@ -40,8 +40,8 @@ def dataset(config: DataConfig, **options) -> ray.data.Dataset:
     return training_dataset(manifest, config, **options)
 
 
-def fingerprint(config: DataConfig, epochs: int = 2) -> tuple[str, int]:
-    samples = dataset(config)
+def fingerprint(config: DataConfig, epochs: int = 2, **options) -> tuple[str, int]:
+    samples = dataset(config, **options)
     found = {}
     for _ in range(epochs):
         found |= digest_batches(samples.iter_batches(batch_size=None, batch_format="numpy"))
@@ -55,14 +55,18 @@ def expected(places) -> tuple[str, int]:
 
 @pytest.mark.parametrize("transport", ["compose", "direct"])
 def test_a_bucket_gives_the_same_samples_as_local_files(places, expected, transport):
-    assert expected[1] == 2 * 41
+    assert expected[1] == 2 * 65
     assert fingerprint(configure(places.gs, transport=transport)) == expected
 
 
-@pytest.mark.parametrize(("blocks_in_flight", "shard_cases"), [(1, 6), (3, 6), (3, 1), (None, 41)])
-def test_the_samples_do_not_depend_on_blocks_in_flight_or_on_shards(places, expected, blocks_in_flight, shard_cases):
+@pytest.mark.parametrize(
+    ("blocks_in_flight", "shard_cases", "shards"), [(1, 10, 7), (3, 10, 7), (3, 1, 64), (None, 64, 1)]
+)
+def test_the_samples_do_not_depend_on_blocks_in_flight_or_on_shards(places, blocks_in_flight, shard_cases, shards):
     config = configure(places.local, blocks_in_flight=blocks_in_flight, shard_cases=shard_cases)
-    assert fingerprint(config) == expected
+    samples = dataset(config, multiple=64, batch=1)
+    assert samples.materialize().stats().count(f"{shards} tasks executed") == 1
+    assert fingerprint(config, multiple=64, batch=1) == fingerprint(configure(places.local), multiple=64)
 
 
 def test_two_ranks_together_get_the_samples_of_one_and_equally_many(places):
@@ -70,7 +74,7 @@ def test_two_ranks_together_get_the_samples_of_one_and_equally_many(places):
     one = fingerprint_of_ranks(config, 1)
     two = fingerprint_of_ranks(config, 2)
     assert one == two
-    assert one[1] == 2 * 40
+    assert one[1] == 2 * 64
 
 
 def fingerprint_of_ranks(config: DataConfig, ranks: int) -> tuple[str, int]:
@@ -97,7 +101,7 @@ def test_rows_come_in_the_order_of_the_plan_and_each_epoch_has_another(places):
     for epoch in range(2):
         rows = list(samples.iter_batches(batch_size=None, batch_format="numpy"))
         indices = np.concatenate([batch["index"] for batch in rows])
-        assert indices.tolist() == epoch_order(7, epoch, 41).tolist()
+        assert indices.tolist() == epoch_order(7, epoch, 65).tolist()
         assert all((batch["epoch"] == epoch).all() for batch in rows)
 
 
@@ -119,15 +123,15 @@ def test_read_and_map_are_fused_into_one_task(places):
 
 def test_an_epoch_can_be_taken_up_where_it_was_left(places):
     config = configure(places.local)
-    order = epoch_order(7, 3, 41)
+    order = epoch_order(7, 3, 65)
     rest = dataset(config, first_epoch=3, consumed=order[:17])
     indices = [batch["index"] for batch in rest.iter_batches(batch_size=None, batch_format="numpy")]
     assert np.concatenate(indices).tolist() == order[17:].tolist()
     following = [batch["index"] for batch in rest.iter_batches(batch_size=None, batch_format="numpy")]
-    assert np.concatenate(following).tolist() == epoch_order(7, 4, 41).tolist()
+    assert np.concatenate(following).tolist() == epoch_order(7, 4, 65).tolist()
 
 
-@pytest.mark.parametrize(("batch", "shard_cases"), [(4, 41), (4, 3), (5, 20)])
+@pytest.mark.parametrize(("batch", "shard_cases"), [(4, 65), (4, 3), (5, 20)])
 def test_a_batch_is_a_block_and_ranks_get_blocks_in_turn(places, batch, shard_cases):
     config = configure(places.local, shard_cases=shard_cases)
     splits = dataset(config, multiple=2 * batch, batch=batch).streaming_split(2, equal=True)
@@ -137,7 +141,7 @@ def test_a_batch_is_a_block_and_ranks_get_blocks_in_turn(places, batch, shard_ca
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first, second = pool.map(read, splits)
-    order = epoch_order(7, 0, 41).tolist()
+    order = epoch_order(7, 0, 65).tolist()
     steps = len(order) // (2 * batch)
     assert [*zip(first, second, strict=True)] == [
         (order[2 * s * batch : (2 * s + 1) * batch], order[(2 * s + 1) * batch : (2 * s + 2) * batch])
@@ -172,3 +176,19 @@ def test_an_object_that_went_away_since_the_listing_is_named(places, tmp_path):
     ours = own_error(caught.value)
     assert isinstance(ours, ObjectNotFoundError)
     assert "case_00001_y.npy" in str(ours)
+
+
+def test_a_manifest_that_has_gone_stale_is_detected_at_fetch(places, tmp_path):
+    for role in ("images", "labels"):
+        source, target = open_store(f"{places.local}{role}/"), open_store(f"{tmp_path}/{role}/")
+        for entry in list(source.list())[:3]:
+            target.put(entry.name, source.fetch([entry])[0])
+    samples = dataset(configure(f"{tmp_path}/"))
+    target = open_store(f"{tmp_path}/images/")
+    body = target.fetch([next(target.list())])[0]
+    target.put("case_00000_x.npy", body)  # the same bytes, written again: another generation
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        samples.materialize()
+    ours = own_error(caught.value)
+    assert isinstance(ours, StaleManifestError)
+    assert "case_00000_x.npy as listed" in str(ours)

@@ -53,9 +53,9 @@ def test_two_ranks_train_score_every_held_out_case_once_and_leave_a_whole_run_be
     assert rows == outcome.rows
     assert [row["epoch"] for row in rows] == [0, 1]
     for row in rows:
-        assert row["samples"] == 32
-        assert row["tail"] == 3
-        assert row["scored"] == 6
+        assert row["samples"] == 48
+        assert row["tail"] == 7
+        assert row["scored"] == 10
         assert row["ranks"] == 2
         assert 0 <= row["mean_dice"] <= 1
         assert 0 < row["au"] <= 1
@@ -64,7 +64,7 @@ def test_two_ranks_train_score_every_held_out_case_once_and_leave_a_whole_run_be
         assert row["samples_per_s"] > 0
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
     state = torch.load(Path(outcome.checkpoint) / "state.pt", weights_only=True)
-    assert (state["epoch"], state["step"]) == (1, 8)
+    assert (state["epoch"], state["step"]) == (1, 12)
     assert from_json(state["recipe"]).model == tiny(places.gs, tmp_path).model
     assert all(Path(picture).read_bytes().startswith(b"\x89PNG") for picture in outcome.pictures)
     assert len(outcome.pictures) == 2
@@ -78,7 +78,7 @@ def test_a_run_from_a_manifest_lists_nothing_and_trains_the_same_cases(places, t
     recipe = tiny(places.local, tmp_path / "run", num_workers=1, epochs=1, evaluate_every=0)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, manifest=saved, images="", labels=""))
     outcome = run(recipe, "tiny", quiet())
-    assert outcome.rows[0]["samples"] == 32
+    assert outcome.rows[0]["samples"] == 52
     assert outcome.rows[0]["mean_dice"] is None
 
 
@@ -87,7 +87,7 @@ def test_a_bad_case_ends_a_run_with_its_name_and_reason(places, tmp_path):
         source, target = open_store(f"{places.local}{role}/"), open_store(f"{tmp_path}/set/{role}/")
         for entry in source.list():
             target.put(entry.name, source.fetch([entry])[0])
-    for number in range(41):
+    for number in range(65):
         (tmp_path / "set" / "labels" / f"case_{number:05d}_y.npy").write_bytes(b"no label at all, but long enough")
     recipe = tiny(f"{tmp_path}/set/", tmp_path / "run", evaluate_every=0)
     with pytest.raises(DecodeError, match=r"case_\d+_y\.npy: expected an \.npy file") as caught:

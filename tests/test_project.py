@@ -1,0 +1,47 @@
+"""What the project promises of itself as a whole."""
+
+import importlib.metadata
+import re
+import subprocess
+from pathlib import Path
+
+import dataflux_core
+import pytest
+
+import ingest
+import ingest.testing
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("package", [ingest, train])
+def test_the_generic_names_are_our_packages(package):
+    assert Path(package.__file__).is_relative_to(ROOT)
+
+
+def test_dataflux_is_googles_and_not_the_stranger_of_that_name():
+    files = importlib.metadata.distribution("gcs-torch-dataflux").files
+    assert Path(dataflux_core.__file__).resolve() in {Path(f.locate()).resolve() for f in files}
+
+
+def test_no_file_is_too_long_and_none_is_a_junk_drawer():
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = [name for name in tracked.stdout.splitlines() if (ROOT / name).exists()]
+    assert len(names) > 50
+    assert [n for n in names if len((ROOT / n).read_text().splitlines()) > 400] == []
+    assert [n for n in names if Path(n).name in {"utils.py", "helpers.py"}] == []
+
+
+def test_every_direct_dependency_is_pinned():
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    metadata = importlib.metadata.requires("voxflux")
+    direct = {re.split(r"[\[<>=! ;]", requirement)[0].lower() for requirement in metadata}
+    assert len(direct) > 15
+    assert direct - pinned == set()
+
+
+def test_the_store_contract_is_found_where_the_design_says():
+    assert ingest.testing.StoreContract.__name__ == "StoreContract"
