@@ -11,6 +11,7 @@ cropping and augmentation too, which DLIO does not have: it is the AU formula, n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -85,6 +86,7 @@ class StallMeter:
         self._computes: list[float] = []
         self._first_batch_s: float | None = None
         self._end_wait_s = 0.0
+        self._aside_s = 0.0
         self._started = clock()
 
     def steps(self, batches: Iterable[T]) -> Iterator[T]:
@@ -112,7 +114,17 @@ class StallMeter:
                 yield batch
             finally:  # also when the loop is left by `break`, which closes this generator
                 before = self._clock()
-                self._computes.append(before - now)
+                self._computes.append(before - now - self._aside_s)
+                self._aside_s = 0.0
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within a step: what is neither computing nor waiting for data, such as writing a checkpoint."""
+        before = self._clock()
+        try:
+            yield
+        finally:
+            self._aside_s += self._clock() - before
 
     def result(self, *, samples: int) -> StallReport:
         """The epoch's figures on this rank; call it after the closing barrier, which belongs to T.

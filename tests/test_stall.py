@@ -132,3 +132,16 @@ def test_the_meter_works_on_the_real_clock() -> None:
     report = meter.result(samples=3)
     assert report.au is not None
     assert 0 < report.au <= 1
+
+
+def test_what_is_done_aside_is_neither_compute_nor_wait() -> None:
+    clock = HandClock()
+    meter = StallMeter(clock)
+    for _ in meter.steps(range(2)):
+        clock.move(1.0)
+        with meter.aside():
+            clock.move(3.0)
+    report = meter.result(samples=2)
+    assert report.compute_s == 2.0
+    assert report.wait_s == 0.0
+    assert report.au == pytest.approx(1 / 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 
@@ -14,6 +15,7 @@ from ingest.errors import IngestError
 from .recipes import RECIPES
 
 USAGE = """usage: python -m train run RECIPE [--run-dir DIR] [overrides], or run RECIPE --help
+       python -m train audit RUN_DIR [--ledger DIR]
 
 recipes:
 """
@@ -37,10 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     command, *rest = arguments
-    if command != "run":
-        print(f"expected the command run, found {command!r}\n\n{usage()}", file=sys.stderr)
+    if command not in ("run", "audit"):
+        print(f"expected the command run or audit, found {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    return run_recipe(rest)
+    try:
+        return run_recipe(rest) if command == "run" else audit_run(rest)
+    except IngestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def run_recipe(arguments: list[str]) -> int:
@@ -50,14 +59,10 @@ def run_recipe(arguments: list[str]) -> int:
     console = Console(soft_wrap=True)
     from .launch import run  # Ray and torch load here, so that --help answers at once
 
-    try:
-        outcome = run(recipe, name, console)
-    except IngestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    outcome = run(recipe, name, console)
+    if outcome.signal_number is not None:
+        console.print(f"stopped and saved; go on with --trainer.resume {outcome.run_dir}")
+        return 128 + outcome.signal_number
     scored = [row for row in outcome.rows if row["mean_dice"] is not None]
     if scored:
         last = scored[-1]
@@ -69,6 +74,32 @@ def run_recipe(arguments: list[str]) -> int:
     for picture in outcome.pictures:
         console.print(f"picture:    {picture}")
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditConfig:
+    """Hold a run's ledger against its checkpoints; exit status 1 if a case is lost or doubled."""
+
+    run_dir: tyro.conf.Positional[str]
+    """The run's folder."""
+
+    ledger: str | None = None
+    """Its ledger's folder; None takes the one that the run was started with."""
+
+
+def audit_run(arguments: list[str]) -> int:
+    """`python -m train audit RUN_DIR`."""
+    from .audit import audit, audit_table
+
+    config = tyro.cli(AuditConfig, prog="python -m train audit", args=arguments)
+    found = audit(config.run_dir, config.ledger)
+    console = Console(soft_wrap=True)
+    console.print(audit_table(found))
+    for problem in found.problems:
+        console.print(f"problem: {problem}")
+    lost, doubled = (sum(len(getattr(epoch, kind)) for epoch in found.epochs) for kind in ("never", "more"))
+    console.print(f"lost {lost}, doubled {doubled}, problems {len(found.problems)}")
+    return 0 if found.passed else 1
 
 
 if __name__ == "__main__":

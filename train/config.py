@@ -52,10 +52,37 @@ class TrainerConfig:
     """Times that the run starts again from its last checkpoint after a failure; -1 for ever."""
 
     checkpoints_kept: int = 2
-    """Checkpoints that stay in the run's folder: the newest ones."""
+    """Checkpoints that stay in the run's folder, the newest ones: at least two, so that a crash while one is
+    replaced leaves a whole one."""
+
+    checkpoint_every_steps: int | None = None
+    """Steps of an epoch from one checkpoint to the next; one is written after each epoch in any case."""
+
+    max_workers: int | None = None
+    """With it the run is elastic: from num_workers to max_workers ranks, as many as there is room for."""
+
+    resume: str | None = None
+    """The folder of a run to go on with, from its last checkpoint; also with another number of ranks."""
+
+    ledger: str | None = None
+    """Folder that every rank records its steps in, for `python -m train audit`; seen by all nodes."""
+
+    channels_last: bool = True
+    """Keep channels innermost in memory: the same numbers but for rounding, and faster on CPUs and tensor cores."""
+
+    deterministic: bool = False
+    """Use deterministic algorithms only: a run repeated on the same machine ends in the same weights."""
 
     def __post_init__(self) -> None:
-        for field in ("num_workers", "batch_size", "epochs", "checkpoints_kept"):
+        if self.checkpoints_kept < 2:
+            raise ConfigError(f"trainer.checkpoints_kept must be 2 or more; got {self.checkpoints_kept}")
+        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
+            raise ConfigError(f"trainer.checkpoint_every_steps must be 1 or more; got {self.checkpoint_every_steps}")
+        if self.max_workers is not None and self.max_workers < self.num_workers:
+            raise ConfigError(
+                f"trainer.max_workers must be at least num_workers, {self.num_workers}; got {self.max_workers}"
+            )
+        for field in ("num_workers", "batch_size", "epochs"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"trainer.{field} must be 1 or more; got {getattr(self, field)}")
         for field in ("evaluate_from", "evaluate_every", "prefetch_batches"):

@@ -16,7 +16,7 @@ import ray.train.torch
 from rich.console import Console
 
 from ingest.cluster import connected_ray
-from ingest.errors import ConfigError
+from ingest.errors import ConfigError, PlaceNotFoundError
 from ingest.index import index_cases
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, execution_options, training_dataset
@@ -25,12 +25,16 @@ from ingest.stores import open_store
 from ingest.unwrap import own_error
 
 from . import preflight
-from .config import Recipe
-from .loop import CHECKPOINT_FILE, LoopJob, train_loop
+from .checkpoint import STATE_FILE, read_position
+from .config import Recipe, from_json
+from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .report import epoch_table, plot_curves
+from .stop import in_thread, make_flag, on_signals
+from .validate import Holdout
 
 RECIPE_FILE = "recipe.json"
+MANIFEST_FILE = "manifest.parquet"
 POLL_S = 1.0
 
 
@@ -43,71 +47,86 @@ class Outcome:
         rows: of metrics.json.
         checkpoint: the newest checkpoint's place.
         pictures: local files, where the run is local.
+        signal_number: of the signal that ended it early; None where it came to its end.
     """
 
     run_dir: str
     rows: list[Row]
     checkpoint: str | None
     pictures: list[str]
+    signal_number: int | None = None
 
 
 def run(recipe: Recipe, name: str, console: Console) -> Outcome:
-    """Run a recipe to its end.
+    """Run a recipe to its end, or until SIGINT or SIGTERM asks it to save and stop.
 
     Raises:
         IngestError: with what was expected, found, and to do, from wherever in the run it came.
+        KeyboardInterrupt: a second signal came.
     """
     preflight.check_model(recipe)
     run_dir = resolve_run_dir(recipe, name)
+    resumed = checks_of_run_dir(recipe, run_dir)
     preflight.check_space(recipe, run_dir)
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
         recipe = stack.enter_context(data_of(recipe, console))
         stack.enter_context(connected_ray())
         use_gpu = preflight.check_cluster(recipe)
-        manifest, recipe = open_data(recipe, console)
+        manifest, recipe = open_data(recipe, f"{run_dir}/{MANIFEST_FILE}" if resumed else None, console)
         train, held_out = split_holdout(recipe.data.seed, manifest.subjects(), recipe.data.holdout_fraction)
         preflight.check_amount(recipe, len(train))
         preflight.check_smallest(recipe, manifest)
-        open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
+        if not resumed:
+            manifest.save(f"{run_dir}/{MANIFEST_FILE}")
+            open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
         job = LoopJob(
             recipe=recipe,
-            holdout=Manifest(manifest.take(held_out), manifest.images_uri, manifest.labels_uri),
-            holdout_indices=held_out,
+            run_dir=run_dir,
+            holdout=Holdout(
+                Manifest(manifest.take(held_out), manifest.images_uri, manifest.labels_uri), held_out, recipe.data
+            ),
             train_cases=len(train),
+            total_cases=len(manifest),
+            stop_flag=make_flag(),
         )
         console.print(
             f"{len(train)} cases to train on, {len(held_out)} held out; {recipe.trainer.num_workers} "
             f"{'GPU' if use_gpu else 'CPU'} ranks of batch {recipe.trainer.batch_size}; run folder {run_dir}"
         )
-        with following(run_dir, recipe.trainer.epochs, console):
-            result = fit(job, manifest, run_dir, use_gpu=use_gpu)
+        if resumed:
+            position = read_position(run_dir)
+            console.print(
+                f"going on from {position.checkpoint or 'the start'}: epoch {position.epoch + 1}, "
+                f"step {position.step}, {len(position.before.indices)} cases of the epoch done"
+            )
+
+        def ask() -> None:
+            console.print("asked to stop: saving after this step; a second signal ends at once")
+            job.stop_flag.set.remote()
+
+        with on_signals(ask) as stopped, following(run_dir, recipe.trainer.epochs, console):
+            result = in_thread(lambda: fit(job, manifest, run_dir, use_gpu=use_gpu))
         rows = read_metrics(run_dir)
         console.print(epoch_table(rows))
-        pictures = draw(job, rows, run_dir, result) if "://" not in run_dir else []
+        ended = stopped.signal_number is None
+        pictures = draw(job, rows, run_dir, result) if ended and "://" not in run_dir else []
     checkpoint = result.checkpoint.path if result.checkpoint is not None else None
-    return Outcome(run_dir, rows, checkpoint, pictures)
+    return Outcome(run_dir, rows, checkpoint, pictures, stopped.signal_number)
 
 
 def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray.train.Result:
     """Run the trainer; our own errors come out as they were raised, wherever that was."""
     recipe = job.recipe
+    ranks = recipe.trainer.num_workers
     storage_path, _, name = run_dir.rstrip("/").rpartition("/")
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
-        datasets={
-            "train": functools.partial(
-                training_dataset,
-                manifest,
-                recipe.data,
-                multiple=recipe.trainer.batch_size * recipe.trainer.num_workers,
-                batch=recipe.trainer.batch_size,
-            )
-        },
+        datasets={"train": functools.partial(planned_dataset, job, manifest)},
         dataset_config=ray.train.DataConfig(execution_options=execution_options()),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=recipe.trainer.num_workers,
+            num_workers=ranks if recipe.trainer.max_workers is None else (ranks, recipe.trainer.max_workers),  # type: ignore[arg-type]
             use_gpu=use_gpu,
             resources_per_worker={"CPU": recipe.trainer.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
@@ -128,9 +147,63 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray
         raise
 
 
+def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
+    """The training data from where the run stands; Ray's controller calls it at each start and restart."""
+    trainer = job.recipe.trainer
+    # An elastic run does not know its ranks beforehand: Ray's equal split cuts what they cannot share.
+    multiple = trainer.batch_size * trainer.num_workers if trainer.max_workers is None else 1
+    position = read_position(job.run_dir).skip_finished(
+        job.train_cases - job.bad_cases(), trainer.batch_size * trainer.num_workers
+    )
+    return training_dataset(
+        manifest,
+        job.recipe.data,
+        first_epoch=position.epoch,
+        consumed=position.before.indices,
+        multiple=multiple,
+        batch=trainer.batch_size,
+    )
+
+
+def checks_of_run_dir(recipe: Recipe, run_dir: str) -> bool:
+    """Whether the run goes on from an earlier one; that it may is checked first.
+
+    Raises:
+        ConfigError: the folder holds a run that is not asked for, or none where one is, or one of another recipe.
+    """
+    store = open_store(run_dir)
+    try:
+        saved = next((entry for entry in store.list(RECIPE_FILE) if entry.name == RECIPE_FILE), None)
+    except PlaceNotFoundError:
+        saved = None
+    if recipe.trainer.resume is None:
+        if saved is not None:
+            raise ConfigError(
+                f"expected no run in {run_dir}, found one; go on with it by --trainer.resume {run_dir}, or choose "
+                "another --run-dir"
+            )
+        return False
+    if saved is None:
+        raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
+    before = from_json(store.fetch([saved])[0].decode())
+    for part in ("model", "optimizer"):
+        if getattr(before, part) != getattr(recipe, part):
+            raise ConfigError(
+                f"expected the {part} of the run in {run_dir}, {getattr(before, part)}, found {getattr(recipe, part)}; "
+                "resume with the recipe and overrides that it was started with"
+            )
+    for field in ("seed", "holdout_fraction", "crop", "augment", "decode"):
+        if getattr(before.data, field) != getattr(recipe.data, field):
+            raise ConfigError(
+                f"expected data.{field} of the run in {run_dir}, {getattr(before.data, field)}, found "
+                f"{getattr(recipe.data, field)}; resume with the recipe and overrides that it was started with"
+            )
+    return True
+
+
 def resolve_run_dir(recipe: Recipe, name: str) -> str:
     """An absolute folder or a gs:// place, without a trailing slash; a new one where none was given."""
-    given = recipe.run_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    given = recipe.trainer.resume or recipe.run_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
     if "://" in given:
         return given.rstrip("/")
     return str(Path(given).expanduser().resolve())
@@ -190,9 +263,15 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def open_data(recipe: Recipe, console: Console) -> tuple[Manifest, Recipe]:
-    """The manifest, loaded or made, and the recipe with its transport resolved."""
-    data = recipe.data
+def open_data(recipe: Recipe, of_run: str | None, console: Console) -> tuple[Manifest, Recipe]:
+    """The manifest, loaded or made, and the recipe with its transport resolved.
+
+    Args:
+        recipe: names the data.
+        of_run: the manifest of the run that is gone on with, so that every case keeps its index.
+        console: is told of the transport.
+    """
+    data = recipe.data if of_run is None else dataclasses.replace(recipe.data, manifest=of_run)
     if data.manifest:
         manifest = Manifest.load(data.manifest, data.store)
         for role, given, found in (
@@ -264,9 +343,9 @@ def draw(job: LoopJob, rows: list[Row], run_dir: str, result: ray.train.Result) 
     curves = Path(run_dir) / "curves.png"
     plot_curves(rows, curves)
     pictures = [str(curves)]
-    if result.checkpoint is not None and len(job.holdout):
+    if result.checkpoint is not None and len(job.holdout.rows):
         with result.checkpoint.as_directory() as folder:
-            pictures.append(draw_prediction(job, Path(folder) / CHECKPOINT_FILE, Path(run_dir)))
+            pictures.append(draw_prediction(job, Path(folder) / STATE_FILE, Path(run_dir)))
     return pictures
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,40 +20,52 @@ import torch.distributed
 from ray.data import DataIterator
 from ray.data.collate_fn import NumpyBatchCollateFn
 
-from ingest.decode import decode_case
 from ingest.errors import ConfigError
-from ingest.fetch import ShardSpec, read_shard
-from ingest.manifest import Manifest
-from ingest.pipeline import views
 from ingest.plan import Indices
+from ingest.progress import EpochPart, EpochRecorder
 from ingest.stall import StallMeter
 
+from . import checkpoint
 from .config import Recipe
-from .evaluate import score_case
+from .ledger import Ledger, attempt_name
 from .loss import DiceCELoss
 from .optimizer import learning_rate_at, make_optimizer, set_learning_rate
+from .stop import StopWatch
 from .unet3d import UNet3D
+from .validate import Holdout, evaluate, gather
 
 Batch = dict[str, torch.Tensor]
-T = TypeVar("T")
-CHECKPOINT_FILE = "state.pt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopJob:
-    """What every rank is given: plain values.
+    """What every rank is given: plain values, and the handle of the stop flag.
 
     Attributes:
         recipe: its store's transport is resolved.
-        holdout: the held-out rows of the manifest; each rank scores its own share of them.
-        holdout_indices: (h,) int64, their indices.
-        train_cases: cases that an epoch is planned over.
+        run_dir: where the run's checkpoints lie.
+        holdout: the cases to score.
+        train_cases: cases of an epoch.
+        total_cases: cases of the manifest.
+        stop_flag: of `stop.make_flag`; None for a run that no signal reaches.
+        quarantined: indices known to be bad when the run was (re)started, by a call; None where there is no
+            quarantine.
     """
 
     recipe: Recipe
-    holdout: Manifest
-    holdout_indices: Indices
+    run_dir: str
+    holdout: Holdout
     train_cases: int
+    total_cases: int
+    stop_flag: Any = None
+    quarantined: Any = None
+
+    def bad_cases(self, candidates: Indices | None = None) -> int:
+        """How many cases are quarantined now, of these candidates or of all."""
+        if self.quarantined is None:
+            return 0
+        known = self.quarantined()
+        return len(known if candidates is None else np.intersect1d(known, candidates))
 
 
 class ToTensors(NumpyBatchCollateFn):
@@ -67,87 +80,187 @@ class ToTensors(NumpyBatchCollateFn):
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Train this rank's share of every epoch, and report once an epoch.
+    """Train this rank's share of every epoch, and report once an epoch and at each checkpoint.
 
     Args:
         config: `job`, a `LoopJob`.
 
     Raises:
         ConfigError: an epoch left this rank without a single whole batch.
-        RuntimeError: Ray Data delivered another epoch than the one that is trained.
+        RuntimeError: Ray Data delivered another epoch than the one that is trained, or a case twice.
     """
     job: LoopJob = config["job"]
-    recipe, context = job.recipe, ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(recipe.trainer.torch_threads or max(1, int(recipe.trainer.cpus_per_worker)))
-    torch.manual_seed(recipe.data.seed)
-    network = UNet3D(recipe.model)
-    model = ray.train.torch.prepare_model(network)
-    optimizer = make_optimizer(network, recipe.optimizer)
-    loss_of = DiceCELoss()
-    precision = autocast(recipe, device)
-    first_epoch, step = restore(network, optimizer, device)
-    shard = ray.train.get_dataset_shard("train")
-    steps_per_epoch = job.train_cases // (recipe.trainer.batch_size * world_size)
-    for epoch in range(first_epoch, recipe.trainer.epochs):
-        model.train()
-        losses: list[float] = []
-        samples = 0
+    rank_loop = RankLoop(job)
+    try:
+        rank_loop.run()
+    finally:
+        rank_loop.close()
+
+
+class RankLoop:
+    """One rank's run, from the last checkpoint to the last epoch, or to where it is asked to stop."""
+
+    def __init__(self, job: LoopJob) -> None:
+        """Build the model, and take up the last checkpoint if there is one."""
+        self.job, self.recipe = job, job.recipe
+        trainer = self.recipe.trainer
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(trainer.torch_threads or max(1, int(trainer.cpus_per_worker)))
+        if trainer.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+            torch.use_deterministic_algorithms(True)
+        torch.manual_seed(self.recipe.data.seed)
+        layout = torch.channels_last_3d if trainer.channels_last else torch.contiguous_format
+        self.network = UNet3D(self.recipe.model)
+        self.network.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
+        self.layout = layout
+        self.model = ray.train.torch.prepare_model(self.network)
+        self.optimizer = make_optimizer(self.network, self.recipe.optimizer)
+        self.loss_of = DiceCELoss()
+        self.precision = autocast(self.recipe, self.device)
+        self.step_cases = trainer.batch_size * self.world_size
+        bad = job.bad_cases()
+        self.position = checkpoint.read_position(job.run_dir).skip_finished(job.train_cases - bad, self.step_cases)
+        if self.position.checkpoint is not None:
+            state = checkpoint.load_state(job.run_dir, self.position.checkpoint, self.device)
+            self.network.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["torch_random"].cpu())
+        self.step = self.position.step
+        self.ledger = Ledger(
+            trainer.ledger,
+            attempt=gather(attempt_name())[0],
+            rank=self.rank,
+            world_size=self.world_size,
+            batch_size=trainer.batch_size,
+            step=self.step,
+            checkpoint=self.position.checkpoint,
+        )
+        self.stop_watch = StopWatch(job.stop_flag, self.device)
+
+    def run(self) -> None:
+        """Train every epoch that is left."""
+        shard = ray.train.get_dataset_shard("train")
+        before: EpochPart | None = self.position.before
+        for epoch in range(self.position.epoch, self.recipe.trainer.epochs):
+            finished = self.epoch(shard, epoch, before)
+            before = None
+            if not finished:
+                return
+
+    def epoch(self, shard: DataIterator, epoch: int, before: EpochPart | None) -> bool:
+        """Train one epoch, or what is left of it, and report its row; False when asked to stop in its midst."""
+        trainer = self.recipe.trainer
+        recorder = EpochRecorder(epoch, self.job.total_cases, before, keeps_before=self.rank == 0)
+        done = len(before.indices) // self.step_cases if before is not None else 0
+        steps_per_epoch = max(1, self.job.train_cases // self.step_cases)
+        self.model.train()
+        samples = rate = 0.0
         meter = StallMeter(time.perf_counter)
-        for batch in meter.steps(batches(shard, recipe, device)):
+        for batch in meter.steps(self.batches(shard)):
             check_epoch(batch, epoch)
-            rate = learning_rate_at(recipe.optimizer, epoch, len(losses), steps_per_epoch)
-            set_learning_rate(optimizer, rate)
-            with precision():
-                logits = model(batch["image"])
-            loss = loss_of(logits, batch["label"])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if recipe.optimizer.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.optimizer.clip_norm)
-            optimizer.step()
-            samples += len(batch["index"])
-            step += 1
-            losses.append(float(loss.detach()))  # waits for the device, so that compute is timed as compute
+            rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
+            loss = self.train_step(batch, rate)
+            indices = batch["index"].cpu().numpy()
+            self.step += 1
+            done += 1
+            samples += len(indices)
+            recorder.add(indices, loss)
+            self.ledger.append(epoch=epoch, step=self.step, indices=indices)
+            stop = self.stop_watch.agreed()
+            every = trainer.checkpoint_every_steps
+            if stop or (every is not None and done % every == 0 and done < steps_per_epoch):
+                with meter.aside():
+                    self.save_and_report(recorder.part(), None)
+            if stop:
+                return False
         barrier()  # an epoch's time ends when the last rank is done, as the AU formula has it
-        timing = meter.result(samples=samples)
-        if not losses:
+        timing = meter.result(samples=int(samples))
+        part = recorder.part()
+        everyones = gather((len(part.indices), part.loss_sum, part.steps))
+        trained, loss_sum, steps = (sum(values) for values in zip(*everyones, strict=True))
+        if steps == 0:
             raise ConfigError(
-                f"expected at least one batch of {recipe.trainer.batch_size} a rank in epoch {epoch}, found "
-                f"{job.train_cases} cases for {world_size} ranks; lower --trainer.batch-size or add cases"
+                f"expected at least one batch of {trainer.batch_size} a rank in epoch {epoch}, found "
+                f"{self.job.train_cases} cases for {self.world_size} ranks; lower --trainer.batch-size or add cases"
             )
+        bad = self.job.bad_cases()
         row: dict[str, Any] = {
             "epoch": epoch,
-            "step": step,
-            "train_loss": sum(losses) / len(losses),
+            "step": self.step,
+            "train_loss": loss_sum / steps,
             "learning_rate": rate,
-            "samples": samples,
+            "samples": int(samples),
             "samples_per_s": timing.samples_per_s,
             "first_batch_s": timing.first_batch_s,
             "stall_share": timing.stall_share,
             "au": timing.au,
             "mean_dice": None,
-            "tail": job.train_cases - samples * world_size,
+            "trained": trained,
+            "quarantined": bad,
+            "tail": max(0, self.job.train_cases - trained - bad),
         }
-        if recipe.trainer.evaluates(epoch):
-            scores = evaluate(network, job, rank, world_size, device)
+        if trainer.evaluates(epoch):
+            scores = evaluate(
+                self.network,
+                self.job.holdout,
+                self.recipe.window,
+                rank=self.rank,
+                world_size=self.world_size,
+                device=self.device,
+            )
             row |= {"mean_dice": scores.mean_dice, "dice_by_class": scores.by_class, "scored": scores.cases}
-        save_and_report(row, network, optimizer, recipe, rank)
+        self.save_and_report(EpochPart(epoch + 1, np.zeros(0, dtype=np.int64)), row)
+        return True
 
+    def train_step(self, batch: Batch, rate: float) -> float:
+        """One optimiser step; returns the loss, which waits for the device, so that compute is timed as compute."""
+        set_learning_rate(self.optimizer, rate)
+        with self.precision():
+            logits = self.model(batch["image"].to(memory_format=self.layout))
+        loss = self.loss_of(logits, batch["label"])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.recipe.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.optimizer.clip_norm)
+        self.optimizer.step()
+        return float(loss.detach())
 
-def batches(shard: DataIterator, recipe: Recipe, device: torch.device) -> Iterator[Batch]:
-    """This rank's batches of one epoch, on its device."""
-    iterable = shard.iter_torch_batches(
-        batch_size=recipe.trainer.batch_size,
-        prefetch_batches=recipe.trainer.prefetch_batches,
-        drop_last=True,
-        collate_fn=ToTensors(),
-        device=device,
-        pin_memory=device.type == "cuda",
-    )
-    yield from iterable
+    def batches(self, shard: DataIterator) -> Iterator[Batch]:
+        """This rank's batches of one epoch, on its device."""
+        iterable = shard.iter_torch_batches(
+            batch_size=self.recipe.trainer.batch_size,
+            prefetch_batches=self.recipe.trainer.prefetch_batches,
+            drop_last=True,
+            collate_fn=ToTensors(),
+            device=self.device,
+            pin_memory=self.device.type == "cuda",
+        )
+        yield from iterable
+
+    def save_and_report(self, part: EpochPart, row: dict[str, Any] | None) -> None:
+        """Write a checkpoint and report it, with the epoch's row where it is done; every rank waits for the others."""
+        self.ledger.sync()
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.write(
+                Path(folder),
+                rank=self.rank,
+                part=part,
+                step=self.step,
+                network=self.network,
+                optimizer=self.optimizer,
+                recipe_json=self.recipe.to_json(),
+            )
+            saved = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"row": row, "step": self.step}, checkpoint=saved)
+
+    def close(self) -> None:
+        """Close the ledger and end the asking for the stop flag."""
+        self.stop_watch.close()
+        self.ledger.__exit__(None, None, None)
 
 
 def check_epoch(batch: Batch, epoch: int) -> None:
@@ -174,120 +287,3 @@ def barrier() -> None:
     """Wait for every rank; nothing with one."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def gather(mine: T) -> list[T]:
-    """Every rank's value, by rank, on every rank."""
-    if not torch.distributed.is_initialized():
-        return [mine]
-    everyones: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyones, mine)
-    return everyones
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Held-out scores over all ranks.
-
-    Attributes:
-        mean_dice: mean over cases of the mean over foreground classes.
-        by_class: mean over cases, for each foreground class.
-        cases: how many were scored.
-    """
-
-    mean_dice: float
-    by_class: list[float]
-    cases: int
-
-
-def evaluate(network: torch.nn.Module, job: LoopJob, rank: int, world_size: int, device: torch.device) -> Scores:
-    """Score every held-out case exactly once, over all ranks.
-
-    Raises:
-        RuntimeError: a case was scored twice or not at all.
-    """
-    network.eval()
-    mine = np.arange(rank, len(job.holdout), world_size, dtype=np.int64)
-    scored: dict[int, list[float]] = {}
-    for position, image, label in whole_cases(job, mine):
-        dice = score_case(
-            network,
-            torch.from_numpy(image.copy()).to(device),
-            torch.from_numpy(label.copy()).to(device),
-            job.recipe.window,
-        )
-        scored[int(job.holdout_indices[position])] = [float(value) for value in dice]
-    everyones = gather(scored)
-    merged = {index: dice for part in everyones for index, dice in part.items()}
-    if sum(map(len, everyones)) != len(merged) or len(merged) != len(job.holdout):
-        raise RuntimeError(
-            f"expected {len(job.holdout)} held-out cases, each scored once, found {sum(map(len, everyones))} scores "
-            f"of {len(merged)} cases; report this with the log"
-        )
-    table = np.array([merged[index] for index in sorted(merged)], dtype=np.float64)
-    return Scores(float(table.mean()), table.mean(axis=0).tolist(), len(merged))
-
-
-def whole_cases(
-    job: LoopJob, positions: Sequence[int] | Indices
-) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.uint8]]]:
-    """Read held-out cases whole, a few ahead: their position, image (C, D, H, W) and label (1, D, H, W)."""
-    data = job.recipe.data
-    wanted = np.asarray(positions, dtype=np.int64)
-    if len(wanted) == 0:
-        return
-    spec = ShardSpec(
-        images_uri=job.holdout.images_uri,
-        labels_uri=job.holdout.labels_uri,
-        store=data.store,
-        fetch=dataclasses.replace(data.fetch, chunk_cases=4, chunks_ahead=1),
-        epoch=0,
-        batch=1,
-        rows=job.holdout.take(wanted),
-        indices=wanted,
-    )
-    for table in read_shard(spec):
-        names = zip(table["image_name"].to_pylist(), table["label_name"].to_pylist(), strict=True)
-        bodies = zip(views(table["image_npy"]), views(table["label_npy"]), strict=True)
-        for position, (image_name, label_name), (image, label) in zip(
-            table["index"].to_pylist(), names, bodies, strict=True
-        ):
-            yield (
-                position,
-                *decode_case(image, label, data.decode, image_name=image_name, label_name=label_name),
-            )
-
-
-def restore(network: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, int]:
-    """Take up the run's last checkpoint, if it has one: the epoch to train next, and the steps so far."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0, 0
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / CHECKPOINT_FILE, map_location=device, weights_only=True)
-    network.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["epoch"]) + 1, int(state["step"])
-
-
-def save_and_report(
-    row: dict[str, Any],
-    network: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    rank: int,
-) -> None:
-    """Report the epoch's row; rank 0 adds a checkpoint. A barrier: every rank waits for the others here."""
-    if rank != 0:
-        ray.train.report(row)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        state = {
-            "model": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "epoch": row["epoch"],
-            "step": row["step"],
-            "recipe": recipe.to_json(),
-        }
-        torch.save(state, Path(folder) / CHECKPOINT_FILE)
-        ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))

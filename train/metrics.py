@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from ray.train import Checkpoint, UserCallback
 
 from ingest.stores import open_store
+
+from .checkpoint import name_latest
 
 METRICS_FILE = "metrics.json"
 Row = dict[str, Any]
@@ -17,11 +20,9 @@ Row = dict[str, Any]
 def merge_ranks(rows: Sequence[Row]) -> Row:
     """One row for all ranks: samples add up, times and shares are means, the slowest first batch counts.
 
-    The loss is the mean of the ranks' means, which is the mean over samples, since ranks run equal steps.
+    Loss, scores and counts of cases are those of all ranks already.
     """
-    first = rows[0]
-    merged = dict(first)
-    merged["train_loss"] = sum(row["train_loss"] for row in rows) / len(rows)
+    merged = dict(rows[0])
     merged["samples"] = sum(row["samples"] for row in rows)
     merged["samples_per_s"] = sum(row["samples_per_s"] for row in rows)
     merged["first_batch_s"] = max(row["first_batch_s"] for row in rows)
@@ -38,7 +39,7 @@ def upsert(rows: Sequence[Row], row: Row) -> list[Row]:
 
 
 class MetricsWriter(UserCallback):
-    """Keeps RUN_DIR/metrics.json up to date from the run's controller, whoever started the run."""
+    """Keeps RUN_DIR/metrics.json and latest.json up to date from the run's controller, whoever started the run."""
 
     def __init__(self, run_dir: str) -> None:
         self._run_dir = run_dir
@@ -47,11 +48,18 @@ class MetricsWriter(UserCallback):
         self,
         run_context: Any,  # noqa: ARG002  the signature is Ray's
         metrics: list[Row],
-        checkpoint: Checkpoint | None,  # noqa: ARG002
+        checkpoint: Checkpoint | None,
     ) -> None:
-        """Merge what the ranks reported and write it."""
-        rows = upsert(read_metrics(self._run_dir), merge_ranks(metrics))
-        open_store(self._run_dir).put(METRICS_FILE, json.dumps(rows, indent=1).encode())
+        """Write the epoch's row, if an epoch is done, then name the checkpoint as the one to go on from.
+
+        In this order a crash between the two has the epoch trained again, and its row replaced.
+        """
+        finished = [report["row"] for report in metrics if report["row"] is not None]
+        if finished:
+            rows = upsert(read_metrics(self._run_dir), merge_ranks(finished))
+            open_store(self._run_dir).put(METRICS_FILE, json.dumps(rows, indent=1).encode())
+        if checkpoint is not None:
+            name_latest(self._run_dir, PurePosixPath(checkpoint.path).name)
 
 
 def read_metrics(run_dir: str) -> list[Row]:

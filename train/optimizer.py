@@ -46,10 +46,6 @@ class OptimizerConfig:
     lr_decay_factor: float = 1.0
     """Multiplier at each of `lr_decay_epochs`."""
 
-    cosine_epochs: float | None = None
-    """Epochs of the whole run, warm-up included, at the end of which the rate has fallen to 0 along half a cosine
-    (not MLPerf's); None for no such decay."""
-
     update: Literal["epoch", "step"] = "epoch"
     """How often the rate changes: once an epoch as MLPerf does, or every step, for runs of a few epochs."""
 
@@ -76,10 +72,6 @@ class OptimizerConfig:
             raise ConfigError(
                 f"lr_decay_epochs must come after the warm-up of {self.warmup_epochs:g} epochs; "
                 f"got {self.lr_decay_epochs}"
-            )
-        if self.cosine_epochs is not None and not self.warmup_epochs < self.cosine_epochs < math.inf:
-            raise ConfigError(
-                f"cosine_epochs must be above the warm-up of {self.warmup_epochs:g} epochs; got {self.cosine_epochs}"
             )
         if self.update not in ("epoch", "step"):
             raise ConfigError(f"update must be epoch or step; got {self.update!r}")
@@ -126,20 +118,14 @@ def learning_rate_at(config: OptimizerConfig, epoch: int, step: int = 0, steps_p
         steps_per_epoch: Optimiser steps of a whole epoch; matters only with `update="step"`.
 
     Returns:
-        The rate, never below 0.
+        The rate.
     """
     position = epoch + (1.0 if config.update == "epoch" else min(1.0, (step + 1) / steps_per_epoch))
     if position <= config.warmup_epochs:
         share = position / config.warmup_epochs
         return config.init_learning_rate + (config.learning_rate - config.init_learning_rate) * share
-    rate = config.learning_rate * config.lr_decay_factor ** sum(done <= epoch for done in config.lr_decay_epochs)
-    if config.cosine_epochs is None:
-        return rate
-    # The first step after the warm-up is already on its way down; the last one is not yet at zero, since a step
-    # at rate 0 would be wasted: the law is taken at the step's (or epoch's) start.
-    start = position - (1.0 if config.update == "epoch" else 1 / steps_per_epoch)
-    share = (start - config.warmup_epochs) / (config.cosine_epochs - config.warmup_epochs)
-    return rate * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
+    passed = sum(done <= epoch for done in config.lr_decay_epochs)
+    return config.learning_rate * config.lr_decay_factor**passed
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -14,6 +14,7 @@ from ingest.errors import ConfigError, DecodeError
 from ingest.pipeline import DataConfig
 from ingest.stores import open_store
 from train.__main__ import main
+from train.checkpoint import read_position
 from train.config import Recipe, TrainerConfig, from_json
 from train.evaluate import SlidingWindowConfig
 from train.launch import run
@@ -64,7 +65,8 @@ def test_two_ranks_train_score_every_held_out_case_once_and_leave_a_whole_run_be
         assert row["samples_per_s"] > 0
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
     state = torch.load(Path(outcome.checkpoint) / "state.pt", weights_only=True)
-    assert (state["epoch"], state["step"]) == (1, 12)
+    position = read_position(outcome.run_dir)
+    assert (position.epoch, position.step, len(position.before.indices)) == (2, 12, 0)
     assert from_json(state["recipe"]).model == tiny(places.gs, tmp_path).model
     assert all(Path(picture).read_bytes().startswith(b"\x89PNG") for picture in outcome.pictures)
     assert len(outcome.pictures) == 2

@@ -50,22 +50,6 @@ def test_the_rate_falls_after_each_of_the_given_epochs() -> None:
     assert rates == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
 
 
-def test_the_cosine_falls_from_the_full_rate_to_almost_nothing() -> None:
-    config = OptimizerConfig(learning_rate=1.0, warmup_epochs=1, cosine_epochs=5, update="step")
-    rates = [learning_rate_at(config, step // 10, step % 10, 10) for step in range(50)]
-    assert max(rates) == rates[9] == rates[10] == pytest.approx(1.0)
-    assert rates[30] == pytest.approx(0.5)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert 0 < rates[-1] < 0.01
-    assert learning_rate_at(config, 7) == 0.0
-
-
-def test_the_cosine_by_epoch_is_constant_within_an_epoch() -> None:
-    config = OptimizerConfig(learning_rate=1.0, warmup_epochs=0, cosine_epochs=4)
-    rates = [learning_rate_at(config, epoch) for epoch in range(4)]
-    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)])
-
-
 def test_the_default_optimiser_is_nesterov_sgd_over_all_parameters() -> None:
     model = nn.Linear(2, 3)
     optimizer = make_optimizer(model, OptimizerConfig())
@@ -113,7 +97,6 @@ def test_a_set_rate_is_the_one_that_steps() -> None:
         ({"momentum": 1.0}, "momentum"),
         ({"lr_decay_epochs": (300, 250)}, "ascend"),
         ({"lr_decay_epochs": (100,)}, "after the warm-up"),
-        ({"cosine_epochs": 200}, "cosine_epochs"),
         ({"update": "batch"}, "update"),
         ({"clip_norm": 0}, "clip_norm"),
         ({"accumulate_steps": 0}, "accumulate_steps"),

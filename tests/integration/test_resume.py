@@ -1,0 +1,162 @@
+"""Crashes and restarts: every case of every epoch is trained on exactly once, and the weights come out the same."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ingest.errors import ConfigError
+from tests.integration.test_train import quiet, tiny
+from train.__main__ import main
+from train.audit import audit
+from train.checkpoint import load_state, read_position
+from train.launch import run
+
+pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(400)]
+
+
+class Killer(threading.Thread):
+    """Kills the rank that wrote the newest ledger file, so many times, a seeded number of steps after each start."""
+
+    def __init__(self, ledger: Path, times: int, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.ledger, self.times, self.rng = ledger, times, random.Random(seed)
+        self.killed: list[int] = []
+
+    def run(self) -> None:
+        while len(self.killed) < self.times:
+            wanted = self.rng.randint(2, 9)
+            attempt = self.wait_for(wanted)
+            pid = json.loads(attempt[0])["pid"]
+            os.kill(pid, signal.SIGKILL)
+            self.killed.append(pid)
+
+    def wait_for(self, steps: int) -> list[str]:
+        while True:
+            for file in sorted(self.ledger.glob("*.jsonl"), reverse=True)[:1]:
+                lines = file.read_text().splitlines()
+                if len(lines) > steps and json.loads(lines[0])["pid"] not in self.killed:
+                    return lines
+            time.sleep(0.02)
+
+
+def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(places, tmp_path):
+    options = {"num_workers": 1, "epochs": 6, "evaluate_every": 0, "deterministic": True, "checkpoint_every_steps": 3}
+    calm = run(tiny(places.local, tmp_path / "calm", **options), "tiny", quiet())
+    ledger = tmp_path / "ledger"
+    killer = Killer(ledger, times=5, seed=4)
+    killer.start()
+    recipe = tiny(places.local, tmp_path / "killed", **options, ledger=str(ledger), max_failures=10)
+    killed = run(recipe, "tiny", quiet())
+    assert len(killer.killed) == 5
+    found = audit(killed.run_dir)
+    assert found.attempts == 6
+    assert found.passed, found
+    assert [(e.cases, e.once, e.tail, e.finished) for e in found.epochs] == [(55, 52, 3, True)] * 6
+    states = [
+        load_state(outcome.run_dir, read_position(outcome.run_dir).checkpoint, "cpu")["model"]
+        for outcome in (calm, killed)
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert [row["train_loss"] for row in killed.rows] == pytest.approx([row["train_loss"] for row in calm.rows])
+
+
+def start(places, run_dir: Path, ledger: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
+    arguments = [
+        *("run", "kits19-small", "--data.images", f"{places.local}images", "--data.labels", f"{places.local}labels"),
+        *("--data.crop.patch", "8", "8", "8", "--window.roi", "8", "8", "8", "--model.filters", "4", "8"),
+        *("--model.bottleneck", "8", "--data.task-cpus", "0.5", "--data.holdout-fraction", "0.15"),
+        *("--trainer.cpus-per-worker", "0.3", "--trainer.batch-size", "4", "--trainer.epochs", "60"),
+        *("--trainer.num-workers", str(ranks), "--trainer.ledger", str(ledger), "--trainer.evaluate-every", "0"),
+        *("--trainer.use-gpu", "False", "--trainer.checkpoint-every-steps", "2", *options),
+    ]
+    return subprocess.Popen([sys.executable, "-m", "train", *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def steps_of(ledger: Path) -> int:
+    return sum(len(file.read_text().splitlines()) - 1 for file in ledger.glob("*rank-00000.jsonl"))
+
+
+def stop_after(process: subprocess.Popen[str], ledger: Path, steps: int, number: signal.Signals) -> tuple[int, str]:
+    deadline = time.monotonic() + 120
+    target = steps_of(ledger) + steps
+    while steps_of(ledger) < target:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    asked = time.monotonic()
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 20
+    return process.returncode, printed
+
+
+def test_a_run_goes_on_with_two_then_one_then_three_ranks_over_three_processes(places, tmp_path, capsys):
+    run_dir, ledger = tmp_path / "run", tmp_path / "ledger"
+    resume = ["--trainer.resume", str(run_dir)]
+    first = start(places, run_dir, ledger, 2, "--run-dir", str(run_dir))
+    status, printed = stop_after(first, ledger, 20, signal.SIGINT)
+    assert status == 130, printed
+    assert f"go on with --trainer.resume {run_dir}" in printed
+    status, printed = stop_after(start(places, run_dir, ledger, 1, *resume), ledger, 20, signal.SIGTERM)
+    assert status == 143, printed
+    assert "going on from checkpoint_" in printed
+    status, printed = stop_after(start(places, run_dir, ledger, 3, *resume), ledger, 20, signal.SIGINT)
+    assert status == 130, printed
+    found = audit(str(run_dir))
+    assert found.attempts == 3
+    assert found.passed, found
+    assert sum(epoch.finished for epoch in found.epochs) >= 3
+    for epoch in found.epochs[:-1]:
+        assert epoch.once + epoch.tail == epoch.cases == 55
+        assert epoch.tail < 12
+    assert main(["audit", str(run_dir)]) == 0
+    assert "lost 0, doubled 0, problems 0" in capsys.readouterr().out
+
+
+def test_an_audit_finds_a_step_that_the_ledger_lost_and_one_it_has_twice(places, tmp_path, capsys):
+    ledger = tmp_path / "ledger"
+    recipe = tiny(places.local, tmp_path / "run", num_workers=1, evaluate_every=0, ledger=str(ledger))
+    outcome = run(recipe, "tiny", quiet())
+    assert audit(outcome.run_dir).passed
+    file = next(ledger.glob("*.jsonl"))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:5], *lines[6:]]) + "\n")
+    assert not audit(outcome.run_dir).passed
+    assert main(["audit", outcome.run_dir]) == 1
+    assert "has no record of step 5" in capsys.readouterr().out
+    again = json.loads(lines[6]) | {"indices": json.loads(lines[5])["indices"]}
+    file.write_text("\n".join([*lines[:6], json.dumps(again), *lines[7:]]) + "\n")
+    found = audit(outcome.run_dir)
+    assert len(found.epochs[0].more) == 4
+    assert len(found.epochs[0].never) == 7
+
+
+def test_a_run_folder_is_not_taken_twice_unless_asked_and_not_with_another_recipe(places, tmp_path):
+    recipe = tiny(places.local, tmp_path / "run", num_workers=1, epochs=1, evaluate_every=0)
+    run(recipe, "tiny", quiet())
+    with pytest.raises(ConfigError, match=r"expected no run in .*, found one; go on with it by --trainer\.resume"):
+        run(recipe, "tiny", quiet())
+    trainer = dataclasses.replace(recipe.trainer, resume=recipe.run_dir, epochs=2)
+    other = dataclasses.replace(recipe.optimizer, learning_rate=1.0)
+    with pytest.raises(ConfigError, match="expected the optimizer of the run"):
+        run(dataclasses.replace(recipe, trainer=trainer, optimizer=other), "tiny", quiet())
+    longer = run(dataclasses.replace(recipe, trainer=trainer), "tiny", quiet())
+    assert [row["epoch"] for row in longer.rows] == [0, 1]
+    assert [row["step"] for row in longer.rows] == [13, 26]
+
+
+def test_there_must_be_a_run_to_go_on_with(places, tmp_path):
+    recipe = tiny(places.local, tmp_path / "run", resume=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="expected a run in"):
+        run(recipe, "tiny", quiet())

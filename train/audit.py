@@ -1,0 +1,254 @@
+"""Replays a run's ledger against its checkpoints: was every case of every epoch trained on exactly once?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from ingest.errors import ConfigError
+from ingest.manifest import Manifest
+from ingest.plan import split_holdout
+from ingest.stores import open_store
+
+from .checkpoint import Position, read_position
+from .config import Recipe, from_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One start of the ranks, as all of them recorded it.
+
+    Attributes:
+        name: sorts by when it began.
+        start_step: steps that its checkpoint covered.
+        checkpoint: that it went on from; None at the start of the run.
+        step_cases: cases of one step over all ranks.
+        steps: by step number, the epoch and the indices of each rank.
+    """
+
+    name: str
+    start_step: int
+    checkpoint: str | None
+    step_cases: int
+    steps: dict[int, list[tuple[int, list[int]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochAudit:
+    """What became of an epoch's cases.
+
+    Attributes:
+        epoch: which one.
+        cases: that were to be trained on.
+        once: trained on exactly once.
+        more: indices trained on more than once.
+        never: indices that are lost: neither trained on, nor quarantined, nor few enough to be a tail.
+        quarantined: bad cases, left out with a reason.
+        tail: left out since they made no whole step.
+        finished: whether the epoch came to its end; nothing is lost of one that has yet to go on.
+    """
+
+    epoch: int
+    cases: int
+    once: int
+    more: list[int]
+    never: list[int]
+    quarantined: int
+    tail: int
+    finished: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """The whole run.
+
+    Attributes:
+        epochs: by epoch.
+        attempts: starts of the ranks.
+        rolled_back: steps that were taken, and taken back by going on from an earlier checkpoint.
+        problems: contradictions between ledger and checkpoint.
+    """
+
+    epochs: list[EpochAudit]
+    attempts: int
+    rolled_back: int
+    problems: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is lost or doubled, and ledger and checkpoint agree."""
+        return not self.problems and not any(epoch.more or epoch.never for epoch in self.epochs)
+
+
+def audit(run_dir: str, ledger: str | None = None) -> Audit:
+    """Audit a run.
+
+    Args:
+        run_dir: the run's folder, or gs:// place.
+        ledger: its ledger's folder; None takes the one that the run was started with.
+
+    Raises:
+        ConfigError: there is no run, or no ledger.
+    """
+    store = open_store(run_dir)
+    saved = next((entry for entry in store.list("recipe.json") if entry.name == "recipe.json"), None)
+    if saved is None:
+        raise ConfigError(f"expected a run in {run_dir}, found no recipe.json; check the folder")
+    recipe = from_json(store.fetch([saved])[0].decode())
+    folder = ledger or recipe.trainer.ledger
+    if folder is None:
+        raise ConfigError(
+            f"expected a ledger, found that {run_dir} was run without --trainer.ledger; give --ledger DIR"
+        )
+    manifest = Manifest.load(f"{run_dir.rstrip('/')}/manifest.parquet")
+    candidates, _ = split_holdout(recipe.data.seed, manifest.subjects(), recipe.data.holdout_fraction)
+    return replay(
+        read_attempts(Path(folder)),
+        candidates=set(candidates.tolist()),
+        quarantined=_quarantined(run_dir),
+        position=read_position(run_dir),
+        recipe=recipe,
+    )
+
+
+def read_attempts(folder: Path) -> list[Attempt]:
+    """All attempts of a ledger, in the order they began.
+
+    A line cut short at the end of a file is a step that was being recorded when its process was killed; no
+    checkpoint can cover it.
+
+    Raises:
+        ConfigError: there is no ledger, or a line of it is damaged elsewhere.
+    """
+    by_attempt: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
+    for file in sorted(folder.glob("attempt-*-rank-*.jsonl")):
+        by_attempt[file.name.rsplit("-rank-", 1)[0]].append(_lines(file))
+    if not by_attempt:
+        raise ConfigError(f"expected a ledger in {folder}, found none; check --ledger")
+    attempts: list[Attempt] = []
+    for name, ranks in sorted(by_attempt.items()):
+        headers = [lines[0] for lines in ranks if lines]
+        if not headers:
+            continue
+        steps: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+        for lines in ranks:
+            for line in lines[1:]:
+                steps[line["step"]].append((line["epoch"], line["indices"]))
+        first = headers[0]
+        attempts.append(
+            Attempt(name, first["step"], first["checkpoint"], first["world_size"] * first["batch_size"], dict(steps))
+        )
+    return attempts
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    text = file.read_text(encoding="utf-8").split("\n")
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(text):
+        if not line:
+            continue
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if number == len(text) - 1:
+                break
+            raise ConfigError(f"{file}:{number + 1}: expected a line of JSON, found {line[:60]!r}; damaged") from error
+    return entries
+
+
+def replay(
+    attempts: Sequence[Attempt],
+    *,
+    candidates: set[int],
+    quarantined: set[int],
+    position: Position,
+    recipe: Recipe,
+) -> Audit:
+    """Count what was trained on in the steps that stand.
+
+    The steps of an attempt that stand are those up to where the next attempt began; the last one's are those up to
+    the run's last checkpoint.
+    """
+    trained: dict[int, Counter[int]] = defaultdict(Counter)
+    step_cases: dict[int, int] = {}
+    problems: list[str] = []
+    rolled_back = 0
+    expected_step = 0
+    for number, attempt in enumerate(attempts):
+        stands = attempts[number + 1].start_step if number + 1 < len(attempts) else position.step
+        if attempt.start_step != expected_step:
+            problems.append(f"{attempt.name} goes on from step {attempt.start_step}, expected {expected_step}")
+        problems.extend(
+            f"{attempt.name} has no record of step {step}, which a checkpoint covers"
+            for step in range(attempt.start_step + 1, stands + 1)
+            if step not in attempt.steps
+        )
+        for step, parts in attempt.steps.items():
+            if step > stands:
+                rolled_back += 1
+                continue
+            for epoch, indices in parts:
+                trained[epoch].update(indices)
+                step_cases[epoch] = attempt.step_cases
+        expected_step = stands
+    before = set(position.before.indices.tolist())
+    in_ledger = set(trained.get(position.epoch, Counter()))
+    if before != in_ledger:
+        problems.append(
+            f"the last checkpoint covers {len(before)} cases of epoch {position.epoch}, the ledger {len(in_ledger)}"
+        )
+    epochs: list[EpochAudit] = []
+    for epoch in sorted(trained):
+        counts = trained[epoch]
+        strangers = sorted(set(counts) - candidates)
+        if strangers:
+            problems.append(f"epoch {epoch} trained on cases that are held out or unknown: {strangers[:5]}")
+        left = sorted(candidates - set(counts) - quarantined)
+        finished = epoch < position.epoch
+        lost = left if finished and len(left) >= step_cases[epoch] else []
+        epochs.append(
+            EpochAudit(
+                epoch=epoch,
+                cases=len(candidates),
+                once=sum(count == 1 for count in counts.values()),
+                more=sorted(index for index, count in counts.items() if count > 1),
+                never=lost,
+                quarantined=len((candidates & quarantined) - set(counts)),
+                tail=len(left) if finished and not lost else 0,
+                finished=finished,
+            )
+        )
+    missing = sorted(set(range(min(position.epoch, recipe.trainer.epochs))) - set(trained))
+    if missing:
+        problems.append(f"epochs without a single step: {missing}")
+    return Audit(epochs, len(attempts), rolled_back, problems)
+
+
+def _quarantined(run_dir: str) -> set[int]:
+    store = open_store(run_dir)
+    for entry in store.list("quarantine.parquet"):
+        if entry.name == "quarantine.parquet":
+            table = pq.read_table(pa.BufferReader(store.fetch([entry])[0]), columns=["index"])
+            return set(table["index"].to_pylist())
+    return set()
+
+
+def audit_table(found: Audit) -> Table:
+    """The audit, a row an epoch."""
+    table = Table(title=f"{found.attempts} starts, {found.rolled_back} steps rolled back")
+    for heading in ("epoch", "cases", "trained once", "more than once", "never", "quarantined", "tail", "finished"):
+        table.add_column(heading, justify="right")
+    for epoch in found.epochs:
+        table.add_row(
+            *map(str, (epoch.epoch, epoch.cases, epoch.once, len(epoch.more), len(epoch.never))),
+            *map(str, (epoch.quarantined, epoch.tail, "yes" if epoch.finished else "no")),
+        )
+    return table

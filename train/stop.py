@@ -1,0 +1,122 @@
+"""Ends a run in order: the first signal asks every rank to stop after its step and save, the second ends at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+import ray
+import torch
+import torch.distributed
+
+T = TypeVar("T")
+POLL_S = 0.5
+
+
+class _Flag:
+    """Whether the run is to stop; one actor a run, on no CPU."""
+
+    def __init__(self) -> None:
+        self._stop = False
+
+    def set(self) -> None:
+        self._stop = True
+
+    def is_set(self) -> bool:
+        return self._stop
+
+
+def make_flag() -> Any:
+    """The run's stop flag, to be handed to the ranks."""
+    return ray.remote(_Flag).options(num_cpus=0, max_restarts=-1).remote()
+
+
+class StopWatch:
+    """Asks for the flag now and then, in the background, so that a step never waits for it."""
+
+    def __init__(self, flag: Any | None, device: torch.device) -> None:
+        self._flag = flag
+        self._device = device
+        self._asked = False
+        self._done = threading.Event()
+        if flag is not None:
+            threading.Thread(target=self._poll, name="stop-watch", daemon=True).start()
+
+    def _poll(self) -> None:
+        # Ends with the run's driver: a flag that is gone can no longer be set.
+        with contextlib.suppress(ray.exceptions.RayError):
+            while not self._done.wait(POLL_S) and not self._asked:
+                self._asked = bool(ray.get(self._flag.is_set.remote()))  # type: ignore[union-attr]
+
+    def agreed(self) -> bool:
+        """Whether to stop after this step: the same answer on every rank, since all stop if one was asked."""
+        if not torch.distributed.is_initialized():
+            return self._asked
+        vote = torch.tensor([float(self._asked)], device=self._device)
+        torch.distributed.all_reduce(vote)
+        return bool(vote.item() > 0)
+
+    def close(self) -> None:
+        """End the asking."""
+        self._done.set()
+
+
+class Stopped:
+    """What ended a run before its time.
+
+    Attributes:
+        signal_number: of the first signal; None while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+
+@contextlib.contextmanager
+def on_signals(ask: Callable[[], None]) -> Iterator[Stopped]:
+    """Call `ask` at the first SIGINT or SIGTERM, and raise KeyboardInterrupt at the second.
+
+    Must be entered on the main thread; elsewhere signals are left as they are.
+    """
+    stopped = Stopped()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stopped.signal_number is not None:
+            raise KeyboardInterrupt
+        stopped.signal_number = number
+        ask()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def in_thread(work: Callable[[], T]) -> T:
+    """Run `work` on another thread, so that the main one is free for signals; its result or its exception."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001  it is raised again below, on the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=target, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.1)  # join() would keep signal handlers from running until it returns
+    if errors:
+        raise errors[0]
+    return results[0]
