@@ -178,7 +178,7 @@ def replay(
     the run's last checkpoint.
     """
     trained: dict[int, Counter[int]] = defaultdict(Counter)
-    step_cases: dict[int, int] = {}
+    step_cases: dict[int, int] = defaultdict(int)  # the most that a step of the epoch's attempts takes
     problems: list[str] = []
     rolled_back = 0
     expected_step = 0
@@ -197,7 +197,10 @@ def replay(
                 continue
             for epoch, indices in parts:
                 trained[epoch].update(indices)
-                step_cases[epoch] = attempt.step_cases
+                # An attempt of more ranks may find that what an epoch has left makes no step of theirs, and go on with
+                # the next: so it counts for the epoch before its own too.
+                for bounded in (epoch - 1, epoch):
+                    step_cases[bounded] = max(step_cases[bounded], attempt.step_cases)
         expected_step = stands
     before = set(position.before.indices.tolist())
     in_ledger = set(trained.get(position.epoch, Counter()))

@@ -117,6 +117,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
 
 def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray.train.Result:
     """Run the trainer; our own errors come out as they were raised, wherever that was."""
+    # A rank that reports waits until the controller looks, by default every 2 s: at 0.5 s an epoch's end costs less.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     recipe = job.recipe
     ranks = recipe.trainer.num_workers
     storage_path, _, name = run_dir.rstrip("/").rpartition("/")

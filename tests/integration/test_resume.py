@@ -50,7 +50,7 @@ class Killer(threading.Thread):
 
 
 def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(places, tmp_path):
-    options = {"num_workers": 1, "epochs": 6, "evaluate_every": 0, "deterministic": True, "checkpoint_every_steps": 3}
+    options = {"num_workers": 1, "epochs": 5, "evaluate_every": 0, "deterministic": True, "checkpoint_every_steps": 5}
     calm = run(tiny(places.local, tmp_path / "calm", **options), "tiny", quiet())
     ledger = tmp_path / "ledger"
     killer = Killer(ledger, times=5, seed=4)
@@ -61,7 +61,7 @@ def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(pla
     found = audit(killed.run_dir)
     assert found.attempts == 6
     assert found.passed, found
-    assert [(e.cases, e.once, e.tail, e.finished) for e in found.epochs] == [(55, 52, 3, True)] * 6
+    assert [(e.cases, e.once, e.tail, e.finished) for e in found.epochs] == [(55, 52, 3, True)] * 5
     states = [
         load_state(outcome.run_dir, read_position(outcome.run_dir).checkpoint, "cpu")["model"]
         for outcome in (calm, killed)
@@ -78,7 +78,7 @@ def start(places, run_dir: Path, ledger: Path, ranks: int, *options: str) -> sub
         *("--model.bottleneck", "8", "--data.task-cpus", "0.5", "--data.holdout-fraction", "0.15"),
         *("--trainer.cpus-per-worker", "0.3", "--trainer.batch-size", "4", "--trainer.epochs", "60"),
         *("--trainer.num-workers", str(ranks), "--trainer.ledger", str(ledger), "--trainer.evaluate-every", "0"),
-        *("--trainer.use-gpu", "False", "--trainer.checkpoint-every-steps", "2", *options),
+        *("--trainer.use-gpu", "False", "--trainer.checkpoint-every-steps", "5", *options),
     ]
     return subprocess.Popen([sys.executable, "-m", "train", *arguments], stdout=subprocess.PIPE, text=True)
 

@@ -1,0 +1,74 @@
+"""The audit's own judgement, on ledgers written by hand."""
+
+import numpy as np
+
+from ingest.progress import EpochPart
+from train.audit import Attempt, replay
+from train.checkpoint import Position
+from train.recipes import DEMO
+
+
+def position(epoch: int, step: int, *indices: int) -> Position:
+    return Position(step, EpochPart(epoch, np.array(indices, dtype=np.int64)), f"checkpoint_{step}")
+
+
+def judge(attempts, where, quarantined=frozenset(), cases=8):
+    return replay(attempts, candidates=set(range(cases)), quarantined=set(quarantined), position=where, recipe=DEMO)
+
+
+def attempt(name: str, start: int, step_cases: int, steps: dict[int, tuple[int, list[int]]]) -> Attempt:
+    return Attempt(name, start, None, step_cases, {step: [entry] for step, entry in steps.items()})
+
+
+WHOLE = {1: (0, [0, 1, 2, 3]), 2: (0, [4, 5, 6, 7]), 3: (1, [7, 6, 5, 4])}
+
+
+def test_a_whole_epoch_and_half_a_one_pass():
+    found = judge([attempt("a", 0, 4, WHOLE)], position(1, 3, 4, 5, 6, 7))
+    assert found.passed
+    assert [(e.once, e.finished, e.tail) for e in found.epochs] == [(8, True, 0), (4, False, 0)]
+
+
+def test_steps_after_the_checkpoint_are_rolled_back_and_not_doubled():
+    again = attempt("b", 2, 4, {3: (1, [0, 1, 2, 3]), 4: (1, [4, 5, 6, 7])})
+    found = judge([attempt("a", 0, 4, WHOLE), again], position(2, 4))
+    assert found.passed
+    assert found.rolled_back == 1
+
+
+def test_a_case_trained_on_twice_is_found():
+    found = judge([attempt("a", 0, 4, WHOLE | {2: (0, [3, 5, 6, 7])})], position(1, 3, 4, 5, 6, 7))
+    assert not found.passed
+    assert found.epochs[0].more == [3]
+
+
+def test_cases_that_would_have_made_a_step_are_lost_and_fewer_are_a_tail():
+    lost = judge([attempt("a", 0, 4, {1: WHOLE[1], 2: (1, [0, 1, 2, 3])})], position(1, 2, 0, 1, 2, 3))
+    assert lost.epochs[0].never == [4, 5, 6, 7]
+    tail = judge([attempt("a", 0, 4, WHOLE)], position(1, 3, 4, 5, 6, 7), cases=11)
+    assert tail.passed
+    assert tail.epochs[0].tail == 3
+
+
+def test_what_more_ranks_cannot_share_is_a_tail():
+    few = attempt("a", 0, 4, {1: (0, [0, 1, 2, 3])})
+    many = attempt("b", 1, 6, {2: (1, [0, 1, 2, 3, 4, 5])})
+    found = judge([few, many], position(1, 2, 0, 1, 2, 3, 4, 5))
+    assert found.passed
+    assert found.epochs[0].tail == 4
+
+
+def test_quarantined_cases_are_neither_lost_nor_tail():
+    found = judge([attempt("a", 0, 4, {1: WHOLE[1], 2: (1, [0, 1, 2, 3])})], position(1, 2, 0, 1, 2, 3), {4, 5, 6, 7})
+    assert found.passed
+    assert found.epochs[0].quarantined == 4
+
+
+def test_a_checkpoint_that_the_ledger_contradicts_is_a_problem():
+    assert judge([attempt("a", 0, 4, WHOLE)], position(1, 3, 0, 1, 2, 3)).problems
+    assert judge([attempt("a", 0, 4, WHOLE), attempt("b", 9, 4, {})], position(1, 3)).problems
+
+
+def test_training_on_a_held_out_case_is_a_problem():
+    found = judge([attempt("a", 0, 4, WHOLE | {3: (1, [7, 6, 5, 99])})], position(1, 3, 5, 6, 7, 99))
+    assert any("held out or unknown" in problem for problem in found.problems)
