@@ -1,0 +1,73 @@
+"""Checkpoints: whole or not used, and never ahead of the data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ingest.errors import ConfigError
+from ingest.progress import EpochPart
+from train import checkpoint
+from train.checkpoint import START, Position
+
+
+def indices(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def save(run_dir: Path, name: str, *, epoch: int, step: int, parts: list[np.ndarray]) -> torch.nn.Module:
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    folder = run_dir / name
+    folder.mkdir(parents=True)
+    for rank, mine in enumerate(parts):
+        checkpoint.write(
+            folder,
+            rank=rank,
+            part=EpochPart(epoch, mine, 1.0, 1),
+            step=step,
+            network=network,
+            optimizer=optimizer,
+            recipe_json="{}",
+        )
+    return network
+
+
+def test_a_run_without_a_checkpoint_starts_at_the_start(tmp_path):
+    assert checkpoint.read_position(str(tmp_path)) == START
+
+
+def test_the_named_checkpoint_counts_and_not_a_newer_one_that_is_not_named_yet(tmp_path):
+    network = save(tmp_path, "checkpoint_a", epoch=1, step=5, parts=[indices(1, 2), indices(3)])
+    checkpoint.name_latest(str(tmp_path), "checkpoint_a")
+    save(tmp_path, "checkpoint_b", epoch=2, step=9, parts=[indices()])
+    position = checkpoint.read_position(str(tmp_path))
+    assert (position.checkpoint, position.epoch, position.step) == ("checkpoint_a", 1, 5)
+    assert position.before.indices.tolist() == [1, 2, 3]
+    state = checkpoint.load_state(str(tmp_path), "checkpoint_a", "cpu")
+    assert torch.equal(state["model"]["weight"], network.weight)
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path):
+    save(tmp_path, "checkpoint_a", epoch=1, step=5, parts=[indices(1)])
+    checkpoint.name_latest(str(tmp_path), "checkpoint_a")
+    (tmp_path / "checkpoint_a" / "state.pt").unlink()
+    with pytest.raises(ConfigError, match=r"expected state\.pt, position\.json and progress-\*\.npz"):
+        checkpoint.read_position(str(tmp_path))
+
+
+def test_what_is_left_of_an_epoch_is_skipped_when_it_makes_no_step():
+    near_end = Position(4, EpochPart(2, indices(*range(7))), "c")
+    assert near_end.skip_finished(train_cases=10, multiple=3) is near_end
+    skipped = near_end.skip_finished(train_cases=10, multiple=4)
+    assert (skipped.epoch, skipped.step, len(skipped.before.indices)) == (3, 4, 0)
+    assert START.skip_finished(train_cases=2, multiple=4) is START
+
+
+def test_a_checkpoint_holds_nothing_that_runs_when_it_is_loaded(tmp_path):
+    save(tmp_path, "checkpoint_a", epoch=0, step=1, parts=[indices(1)])
+    assert json.loads((tmp_path / "checkpoint_a" / "position.json").read_text()) == {"epoch": 0, "step": 1}
+    torch.load(tmp_path / "checkpoint_a" / "state.pt", weights_only=True)
+    np.load(tmp_path / "checkpoint_a" / "progress-00000.npz", allow_pickle=False).close()
