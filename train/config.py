@@ -95,6 +95,11 @@ class TrainerConfig:
         if self.torch_threads is not None and self.torch_threads < 1:
             raise ConfigError(f"trainer.torch_threads must be 1 or more; got {self.torch_threads}")
 
+    @property
+    def least_step_cases(self) -> int:
+        """Cases of one step over the fewest ranks that the run may have: what both the plan and the ranks go by."""
+        return self.batch_size * self.num_workers
+
     def evaluates(self, epoch: int) -> bool:
         """Whether held-out cases are scored after this epoch."""
         if self.evaluate_every == 0:

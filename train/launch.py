@@ -153,10 +153,8 @@ def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
     """The training data from where the run stands; Ray's controller calls it at each start and restart."""
     trainer = job.recipe.trainer
     # An elastic run does not know its ranks beforehand: Ray's equal split cuts what they cannot share.
-    multiple = trainer.batch_size * trainer.num_workers if trainer.max_workers is None else 1
-    position = read_position(job.run_dir).skip_finished(
-        job.train_cases - job.bad_cases(), trainer.batch_size * trainer.num_workers
-    )
+    multiple = trainer.least_step_cases if trainer.max_workers is None else 1
+    position = read_position(job.run_dir).skip_finished(job.train_cases - job.bad_cases(), trainer.least_step_cases)
     return training_dataset(
         manifest,
         job.recipe.data,

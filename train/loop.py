@@ -123,7 +123,9 @@ class RankLoop:
         self.precision = autocast(self.recipe, self.device)
         self.step_cases = trainer.batch_size * self.world_size
         bad = job.bad_cases()
-        self.position = checkpoint.read_position(job.run_dir).skip_finished(job.train_cases - bad, self.step_cases)
+        self.position = checkpoint.read_position(job.run_dir).skip_finished(
+            job.train_cases - bad, trainer.least_step_cases
+        )
         if self.position.checkpoint is not None:
             state = checkpoint.load_state(job.run_dir, self.position.checkpoint, self.device)
             self.network.load_state_dict(state["model"])

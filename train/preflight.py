@@ -70,7 +70,7 @@ def check_gpus(recipe: Recipe, gpus: float) -> bool:
 
 def check_amount(recipe: Recipe, train_cases: int) -> None:
     """At least one whole batch for every rank."""
-    wanted = recipe.trainer.batch_size * recipe.trainer.num_workers
+    wanted = recipe.trainer.least_step_cases
     if wanted > train_cases:
         raise ConfigError(
             f"expected at least {wanted} training cases, one batch of {recipe.trainer.batch_size} for each of "

@@ -21,7 +21,9 @@ DEMO = Recipe(
         holdout_fraction=0.1,
     ),
     model=UNet3DConfig(filters=(8, 16, 32), bottleneck=64, norm="instancenorm"),
-    optimizer=OptimizerConfig(name="adamw", learning_rate=3e-3, warmup_epochs=1),
+    optimizer=OptimizerConfig(
+        name="adamw", learning_rate=3e-3, warmup_epochs=1, lr_decay_epochs=(6,), lr_decay_factor=0.3
+    ),
     window=SlidingWindowConfig(roi=(32, 32, 32), overlap=0.25),
     # Half a CPU a trainer leaves one of two for reading and transforming.
     trainer=TrainerConfig(num_workers=2, cpus_per_worker=0.5, batch_size=4, epochs=8, evaluate_every=2, use_gpu=False),

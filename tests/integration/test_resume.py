@@ -160,3 +160,13 @@ def test_there_must_be_a_run_to_go_on_with(places, tmp_path):
     recipe = tiny(places.local, tmp_path / "run", resume=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="expected a run in"):
         run(recipe, "tiny", quiet())
+
+
+def test_an_elastic_run_takes_as_many_ranks_as_there_is_room_for(places, tmp_path):
+    ledger = tmp_path / "ledger"
+    options = {"num_workers": 1, "max_workers": 2, "cpus_per_worker": 1.0, "evaluate_every": 0}
+    outcome = run(tiny(places.local, tmp_path / "run", **options, ledger=str(ledger)), "tiny", quiet())
+    assert {row["ranks"] for row in outcome.rows} == {2}
+    found = audit(outcome.run_dir)
+    assert found.passed, found
+    assert [epoch.once + epoch.tail for epoch in found.epochs] == [55, 55]
