@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
@@ -12,7 +13,8 @@ from ray.data.datasource import ReadTask
 
 from .fetch import RAW_SCHEMA, FetchConfig, ShardSpec, read_shard
 from .manifest import Manifest
-from .plan import EpochPlan
+from .plan import EpochPlan, Indices
+from .quarantine import BadCaseConfig, Quarantine
 from .stores.base import StoreConfig
 
 
@@ -21,27 +23,35 @@ class PairedVolumeDatasource(ray.data.Datasource):
 
     Ray plans anew for each execution of the data set; the number of executions so far, which Ray keeps in the
     data context, says which epoch it is. Planning lists nothing and opens nothing.
+
+    Ray asks for read tasks several times an execution, and only once, last, with the data context: that answer is
+    what is read, and leaves out the cases that are quarantined by then. The other answers, by which Ray counts blocks,
+    go by what was known when the source was made, so that their number stays the same.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        plan: Callable[[int], EpochPlan],
+        plan: Callable[[int, Indices], EpochPlan],
         *,
         first_epoch: int = 0,
         batch: int = 1,
         store: StoreConfig | None = None,
         fetch: FetchConfig | None = None,
+        bad: BadCaseConfig | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         """Hold what planning needs.
 
         Args:
             manifest: the cases.
-            plan: picklable; gives the plan of an epoch.
+            plan: picklable; gives the plan of an epoch without some cases.
             first_epoch: the epoch of the first execution.
             batch: cases that are handed on together.
             store: how workers open the two places; its transport is resolved.
             fetch: how a read task walks through its shard.
+            bad: what a read task does about a case that cannot be read.
+            quarantine: the run's bad cases; None where there are none to be kept.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._manifest = manifest
@@ -50,10 +60,19 @@ class PairedVolumeDatasource(ray.data.Datasource):
         self._batch = batch
         self._store = store or StoreConfig()
         self._fetch = fetch or FetchConfig()
+        self._bad = bad or BadCaseConfig()
+        self._quarantine = quarantine
+        self._known_first = self._known()
+        self._planned: tuple[int, EpochPlan] | None = None
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all objects of the first epoch."""
-        return int(self._manifest.case_bytes()[self._plan(self._first_epoch).order].sum())
+        plan = self._plan(self._first_epoch, self._known_first)
+        return int(self._manifest.case_bytes()[plan.order].sum())
+
+    def first_shards(self) -> int:
+        """Shards of the first execution, as far as bad cases are known."""
+        return self._plan(self._first_epoch, self._known_first).num_shards
 
     def get_read_tasks(
         self,
@@ -62,9 +81,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
         """One task a shard of this epoch's plan."""
-        # The same private counter that Ray's own FileShuffleConfig goes by; a test pins how it counts.
-        executions = data_context._execution_idx if data_context is not None else 0
-        plan = self._plan(self._first_epoch + executions)
+        plan = self._plan_now(data_context)
         sizes = self._manifest.case_bytes()
         tasks: list[ReadTask] = []
         for number in range(plan.num_shards):
@@ -78,6 +95,8 @@ class PairedVolumeDatasource(ray.data.Datasource):
                 batch=self._batch,
                 rows=self._manifest.take(indices),
                 indices=indices,
+                bad=self._bad,
+                quarantine=self._quarantine,
             )
             metadata = BlockMetadata(
                 num_rows=len(indices),
@@ -89,3 +108,16 @@ class PairedVolumeDatasource(ray.data.Datasource):
             functools.update_wrapper(read, read_shard)  # Ray names a read task by its function's __name__
             tasks.append(ReadTask(read, metadata, schema=RAW_SCHEMA, per_task_row_limit=per_task_row_limit))
         return tasks
+
+    def _plan_now(self, data_context: DataContext | None) -> EpochPlan:
+        if data_context is None:
+            return self._plan(self._first_epoch, self._known_first)
+        # The same private counter that Ray's own FileShuffleConfig goes by; a test pins how it counts.
+        executions = data_context._execution_idx
+        if self._planned is None or self._planned[0] != executions:
+            # Kept: were Ray to ask again in the same execution, cases found bad meanwhile must not shift the shards.
+            self._planned = executions, self._plan(self._first_epoch + executions, self._known())
+        return self._planned[1]
+
+    def _known(self) -> Indices:
+        return np.zeros(0, dtype=np.int64) if self._quarantine is None else self._quarantine.indices()

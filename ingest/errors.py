@@ -85,5 +85,9 @@ class DecodeError(IngestError):
         return str(self.args[0])
 
 
+class QuarantineBudgetError(IngestError):
+    """More cases are bad than the run may leave out."""
+
+
 class MissingDependencyError(IngestError):
     """An optional dependency is needed and not installed."""

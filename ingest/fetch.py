@@ -6,16 +6,20 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from .errors import ConfigError, ObjectError
+from .errors import ConfigError, ObjectError, ObjectNotFoundError, StaleManifestError
 from .manifest import cases_of
 from .pairing import Case
 from .plan import Indices
-from .stores.base import Store, StoreConfig, open_store
+from .quarantine import BadCaseConfig, Quarantine, entry_of
+from .stores.base import ObjectMeta, Store, StoreConfig, open_store
+
+logger = logging.getLogger(__name__)
 
 RAW_SCHEMA = pa.schema(
     [
@@ -26,6 +30,7 @@ RAW_SCHEMA = pa.schema(
         pa.field("label_name", pa.string(), nullable=False),
         pa.field("image_npy", pa.large_binary(), nullable=False),
         pa.field("label_npy", pa.large_binary(), nullable=False),
+        pa.field("left_out", pa.bool_(), nullable=False),
     ]
 )
 
@@ -59,6 +64,8 @@ class ShardSpec:
         batch: cases that are handed on together.
         rows: the shard's rows of the manifest, in order.
         indices: (n,) int64, their indices in the manifest.
+        bad: what is done about a case whose objects cannot be read.
+        quarantine: where such cases are kept; None where none is.
     """
 
     images_uri: str
@@ -69,6 +76,8 @@ class ShardSpec:
     batch: int
     rows: pa.Table
     indices: Indices
+    bad: BadCaseConfig = dataclasses.field(default_factory=BadCaseConfig)
+    quarantine: Quarantine | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -80,17 +89,23 @@ def _store(uri: str, config: StoreConfig) -> Store:
 def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
     """Yield the shard's raw objects, a batch at a time, in the order of the spec.
 
-    A pure function of the spec and of what the store holds, so that Ray may run it again at any time.
+    A pure function of the spec and of what the store holds, so that Ray may run it again at any time. A quarantined
+    case keeps its row, marked `left_out`, with as many zeros for bytes as were listed, and is not read: tables have
+    the same rows and bytes whether it was found bad by this run of the task, by an earlier one, or by its decoding.
+    Ray cuts blocks by their bytes, and a task that it runs again must give the same ones.
 
     Yields:
         Tables of `RAW_SCHEMA`.
 
     Raises:
-        ObjectError: a case's object is missing, changed or damaged.
+        ObjectError: a case's object is missing, changed or damaged, and the policy is not to leave it out.
+        QuarantineBudgetError: more cases are bad than may be left out.
         StoreError: the store as a whole cannot be read.
     """
     images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
     cases = cases_of(spec.rows)
+    known = () if spec.quarantine is None else spec.quarantine.indices()
+    wanted = ~np.isin(spec.indices, known)
     chunks = _chunks(cases, spec.fetch, spec.batch)
     ahead = spec.fetch.chunks_ahead
     with concurrent.futures.ThreadPoolExecutor(2 * (ahead + 1), thread_name_prefix="fetch") as pool:
@@ -100,7 +115,9 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
         try:
             for number in range(len(chunks) + ahead):
                 if number < len(chunks):
-                    mine = cases[chunks[number]]
+                    mine = [
+                        case for case, want in zip(cases[chunks[number]], wanted[chunks[number]], strict=True) if want
+                    ]
                     pending.append(
                         (
                             chunks[number],
@@ -112,7 +129,8 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
                     )
                 if number >= ahead:
                     chunk, (image_bodies, label_bodies) = pending.popleft()
-                    table = _table(spec, cases, chunk, image_bodies.result(), label_bodies.result(), images, labels)
+                    bodies = iter(zip(image_bodies.result(), label_bodies.result(), strict=True))
+                    table = _table(spec, cases, chunk, [next(bodies) if want else None for want in wanted[chunk]])
                     yield from (table.slice(start, spec.batch) for start in range(0, table.num_rows, spec.batch))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -139,26 +157,71 @@ def _chunks(cases: Sequence[Case], config: FetchConfig, batch: int) -> list[slic
     return chunks
 
 
-def _table(
-    spec: ShardSpec,
-    cases: Sequence[Case],
-    chunk: slice,
-    image_bodies: list[bytes | ObjectError],
-    label_bodies: list[bytes | ObjectError],
-    images: Store,
-    labels: Store,
-) -> pa.Table:
-    cases = cases[chunk]
-    for body in (*image_bodies, *label_bodies):
-        if isinstance(body, ObjectError):
-            raise body
+Bodies = tuple[bytes | ObjectError, bytes | ObjectError]
+
+
+def _table(spec: ShardSpec, cases: Sequence[Case], chunk: slice, fetched: Sequence[Bodies | None]) -> pa.Table:
+    cases, indices = cases[chunk], spec.indices[chunk]
+    images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
+    good = [
+        None if bodies is None else _settled(spec, case, index, bodies)
+        for case, index, bodies in zip(cases, indices.tolist(), fetched, strict=True)
+    ]
+    bodies = [
+        (bytes(case.image.size_bytes), bytes(case.label.size_bytes)) if pair is None else pair
+        for case, pair in zip(cases, good, strict=True)
+    ]
     columns = {
-        "index": np.asarray(spec.indices[chunk], dtype=np.int64),
+        "index": np.asarray(indices, dtype=np.int64),
         "epoch": np.full(len(cases), spec.epoch, dtype=np.int64),
         "case_id": [case.case_id for case in cases],
         "image_name": [images.uri_of(case.image.name) for case in cases],
         "label_name": [labels.uri_of(case.label.name) for case in cases],
-        "image_npy": pa.array(image_bodies, pa.large_binary()),
-        "label_npy": pa.array(label_bodies, pa.large_binary()),
+        "image_npy": pa.array([image for image, _ in bodies], pa.large_binary()),
+        "label_npy": pa.array([label for _, label in bodies], pa.large_binary()),
+        "left_out": [pair is None for pair in good],
     }
     return pa.table(columns, schema=RAW_SCHEMA)
+
+
+def _settled(spec: ShardSpec, case: Case, index: int, bodies: Bodies) -> tuple[bytes, bytes] | None:
+    """The bytes of a case's image and label; None where the case is left out, which is reported first.
+
+    Raises:
+        ObjectError: an object is bad, and the policy is not to leave its case out.
+        QuarantineBudgetError: one bad case too many.
+    """
+    good: list[bytes] = []
+    for uri, meta, body in zip((spec.images_uri, spec.labels_uri), (case.image, case.label), bodies, strict=True):
+        store = _store(uri, spec.store)
+        if isinstance(body, StaleManifestError) and spec.bad.on_stale == "refresh":
+            body = _refreshed(store, meta)
+        if isinstance(body, ObjectError):
+            if spec.quarantine is None or not spec.bad.takes(body):
+                raise body
+            name = store.uri_of(meta.name)
+            entry = entry_of(body, index=index, case_id=case.case_id, uri=name, epoch=spec.epoch)
+            spec.quarantine.report(entry)
+            return None
+        good.append(body)
+    return good[0], good[1]
+
+
+def _refreshed(store: Store, listed: ObjectMeta) -> bytes | ObjectError:
+    """An object that was overwritten, as it is now; if it is overwritten again meanwhile, that is its error."""
+    now = next((found for found in store.list(listed.name) if found.name == listed.name), None)
+    if now is None:
+        return ObjectNotFoundError(
+            f"expected {store.uri_of(listed.name)}, which was overwritten since it was listed, found that it is gone; "
+            "put it back or list anew"
+        )
+    logger.warning(
+        "%s was overwritten since it was listed (%s bytes, generation %s): it is read as it is now (%s bytes, "
+        "generation %s); make the manifest anew to read it so from the start",
+        store.uri_of(listed.name),
+        f"{listed.size_bytes:,}",
+        listed.generation or "unknown",
+        f"{now.size_bytes:,}",
+        now.generation or "unknown",
+    )
+    return store.fetch_each([now])[0]

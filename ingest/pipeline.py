@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray.data
+import tyro
 from ray.data import ExecutionOptions
 from ray.data.context import DataContext
 
@@ -19,11 +20,12 @@ from .augment import AugmentConfig, PatchSampler
 from .crop import CropConfig
 from .datasource import PairedVolumeDatasource
 from .decode import DecodeConfig, decode_case
-from .errors import ConfigError
+from .errors import ConfigError, DecodeError
 from .fetch import FetchConfig
 from .manifest import Manifest
 from .pairing import PairingConfig
 from .plan import EpochPlan, Indices, ShardConfig, plan_epoch, split_holdout
+from .quarantine import BadCaseConfig, Quarantine, entry_of
 from .stores.base import StoreConfig
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -61,6 +63,8 @@ class DataConfig:
     shards: ShardConfig = dataclasses.field(default_factory=ShardConfig)
     fetch: FetchConfig = dataclasses.field(default_factory=FetchConfig)
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
+    bad: Annotated[BadCaseConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BadCaseConfig)
+    # Without a name of its own on the command line: --data.on-bad, --data.on-stale, --data.budget-cases.
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -75,7 +79,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """Plans any epoch of a run: a picklable function of the epoch.
+    """Plans any epoch of a run: a picklable function of the epoch and of the cases to leave out.
 
     Attributes:
         case_bytes: (N,) int64, bytes of each case by index.
@@ -95,14 +99,18 @@ class TrainingPlan:
     multiple: int = 1
     batch: int = 1
 
-    def __call__(self, epoch: int) -> EpochPlan:
-        """The plan of one epoch."""
+    def __call__(self, epoch: int, left_out: Indices) -> EpochPlan:
+        """The plan of one epoch without these cases."""
+        candidates = self.candidates
+        if len(left_out):
+            everyone = np.arange(len(self.case_bytes)) if candidates is None else candidates
+            candidates = np.setdiff1d(everyone, left_out)
         return plan_epoch(
             case_bytes=self.case_bytes,
             seed=self.seed,
             epoch=epoch,
             shards=self.shards,
-            candidates=self.candidates,
+            candidates=candidates,
             consumed=self.consumed if epoch == self.resumed_epoch else None,
             multiple=self.multiple,
             batch=self.batch,
@@ -117,12 +125,16 @@ def training_dataset(
     consumed: Indices | None = None,
     multiple: int = 1,
     batch: int = 32,
+    quarantine: Quarantine | None = None,
 ) -> ray.data.Dataset:
     """The training samples: each execution of the data set is one epoch.
 
     Blocks are of `batch` rows each. Where that is the batch size of a rank, a batch is a block: Ray deals blocks
     out to ranks in turn, so that step s trains on the same cases whatever was read when and by whom, and a batch
     is viewed where it lies.
+
+    A bad case that goes into quarantine takes no other with it: its row is missing from the epoch in which it is
+    found, whose later blocks in that shard are then other ones, and it is in no later epoch's plan.
 
     Args:
         manifest: the cases.
@@ -131,11 +143,20 @@ def training_dataset(
         consumed: indices that were trained on already in the first epoch.
         multiple: each epoch is cut to a multiple of this many cases.
         batch: rows of a block; the last one of an epoch may have fewer.
+        quarantine: the run's bad cases, as `start_quarantine` gives them. Needed where `config.bad` says so.
 
     Returns:
         Rows of `case_id` string, `index` int64 (in the manifest), `epoch` int64, `image` (C, *patch) float32 and
         `label` (1, *patch) uint8, in the order of the plan.
+
+    Raises:
+        ConfigError: `config.bad` wants a quarantine, and none is given.
     """
+    if config.bad.quarantines and quarantine is None:
+        raise ConfigError(
+            f"expected a quarantine, since data.on_bad is {config.bad.on_bad} and data.on_stale {config.bad.on_stale}, "
+            "found none; hand over the one of start_quarantine, or set both to fail"
+        )
     candidates, _ = split_holdout(config.seed, manifest.subjects(), config.holdout_fraction)
     plan = TrainingPlan(
         case_bytes=manifest.case_bytes(),
@@ -148,16 +169,24 @@ def training_dataset(
         batch=batch,
     )
     source = PairedVolumeDatasource(
-        manifest, plan, first_epoch=first_epoch, batch=batch, store=config.store, fetch=config.fetch
+        manifest,
+        plan,
+        first_epoch=first_epoch,
+        batch=batch,
+        store=config.store,
+        fetch=config.fetch,
+        bad=config.bad,
+        quarantine=quarantine,
     )
     sample = functools.partial(
         sample_patches,
         sampler=PatchSampler(crop=config.crop, augment=config.augment, seed=config.seed),
         decode=config.decode,
         batch=batch,
+        quarantine=quarantine if config.bad.on_bad == "quarantine" else None,
     )
     functools.update_wrapper(sample, sample_patches)
-    shards = max(1, plan(first_epoch).num_shards)
+    shards = max(1, source.first_shards())
     concurrency = None if config.blocks_in_flight is None else min(config.blocks_in_flight, shards)
     context = DataContext.get_current()
     before = context.target_max_block_size, context.execution_options
@@ -200,7 +229,14 @@ def block_target_bytes(config: DataConfig, batch: int) -> int:
     return max(1, int((batch - 0.5) * sample_bytes))
 
 
-def sample_patches(raw: pa.Table, *, sampler: PatchSampler, decode: DecodeConfig, batch: int) -> Iterator[Columns]:
+def sample_patches(
+    raw: pa.Table,
+    *,
+    sampler: PatchSampler,
+    decode: DecodeConfig,
+    batch: int,
+    quarantine: Quarantine | None = None,
+) -> Iterator[Columns]:
     """Decode, crop and augment some raw cases.
 
     Args:
@@ -209,50 +245,70 @@ def sample_patches(raw: pa.Table, *, sampler: PatchSampler, decode: DecodeConfig
         sampler: cuts the patches.
         decode: what a good case looks like.
         batch: rows of a block.
+        quarantine: takes the cases that do not decode; None lets their errors out.
 
     Yields:
         Columns as in `training_dataset`, each tensor column one contiguous buffer: a whole batch as one table, and
-        parts of one a sample at a time, so that Ray gathers them into whole batches again.
+        parts of one a sample at a time, so that Ray gathers them into whole batches again. Rows that are left out
+        are missing; where none is left, nothing is yielded.
 
     Raises:
-        DecodeError: a case is not what was expected.
+        DecodeError: a case is not what was expected, and there is no quarantine.
+        QuarantineBudgetError: one bad case too many.
     """
     rows = batch if raw.num_rows == batch else 1
     for start in range(0, raw.num_rows, rows):
-        yield _sample_batch(raw.slice(start, rows), sampler, decode)
+        samples = _sample_batch(raw.slice(start, rows), sampler, decode, quarantine)
+        if len(samples["index"]):
+            yield samples
 
 
-def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig) -> Columns:
+def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig, quarantine: Quarantine | None) -> Columns:
     rows = raw.num_rows
     patch = sampler.crop.patch
     image_NCDHW = np.empty((rows, decode.channels, *patch), dtype=np.float32)
     label_N1DHW = np.empty((rows, 1, *patch), dtype=np.uint8)
     index, epoch = raw["index"].to_numpy(), raw["epoch"].to_numpy()
+    case_ids, left_out = raw["case_id"].to_pylist(), raw["left_out"].to_pylist()
     image_names, label_names = raw["image_name"].to_pylist(), raw["label_name"].to_pylist()
     image_npy, label_npy = views(raw["image_npy"]), views(raw["label_npy"])
+    good: list[int] = []
     for row in range(rows):
-        image_CDHW, label_1DHW = decode_case(
-            image_npy[row],
-            label_npy[row],
-            decode,
-            image_name=image_names[row],
-            label_name=label_names[row],
-            smallest=patch,
-        )
+        if left_out[row]:
+            continue
+        try:
+            image_CDHW, label_1DHW = decode_case(
+                image_npy[row],
+                label_npy[row],
+                decode,
+                image_name=image_names[row],
+                label_name=label_names[row],
+                smallest=patch,
+            )
+        except DecodeError as error:
+            if quarantine is None:
+                raise
+            # Each message begins with the name of the object at fault.
+            uri = label_names[row] if str(error).startswith(f"{label_names[row]}: ") else image_names[row]
+            quarantine.report(
+                entry_of(error, index=int(index[row]), case_id=case_ids[row], uri=uri, epoch=int(epoch[row]))
+            )
+            continue
         sampler(
             image_CDHW,
             label_1DHW,
             epoch=int(epoch[row]),
             index=int(index[row]),
-            out_image=image_NCDHW[row],
-            out_label=label_N1DHW[row],
+            out_image=image_NCDHW[len(good)],
+            out_label=label_N1DHW[len(good)],
         )
+        good.append(row)
     return {
-        "case_id": np.asarray(raw["case_id"].to_pylist(), dtype=object),
-        "index": index,
-        "epoch": epoch,
-        "image": image_NCDHW,
-        "label": label_N1DHW,
+        "case_id": np.asarray([case_ids[row] for row in good], dtype=object),
+        "index": index if len(good) == rows else index[good],
+        "epoch": epoch if len(good) == rows else epoch[good],
+        "image": image_NCDHW[: len(good)],
+        "label": label_N1DHW[: len(good)],
     }
 
 

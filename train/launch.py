@@ -21,6 +21,8 @@ from ingest.index import index_cases
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, execution_options, training_dataset
 from ingest.plan import split_holdout
+from ingest.quarantine import summary
+from ingest.quarantine_actor import start_quarantine
 from ingest.stores import open_store
 from ingest.unwrap import own_error
 
@@ -80,15 +82,21 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         if not resumed:
             manifest.save(f"{run_dir}/{MANIFEST_FILE}")
             open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
+        bad = recipe.data.bad
+        quarantine = start_quarantine(run_dir, bad, len(manifest)) if bad.quarantines else None
         job = LoopJob(
             recipe=recipe,
             run_dir=run_dir,
             holdout=Holdout(
-                Manifest(manifest.take(held_out), manifest.images_uri, manifest.labels_uri), held_out, recipe.data
+                Manifest(manifest.take(held_out), manifest.images_uri, manifest.labels_uri),
+                held_out,
+                recipe.data,
+                quarantine,
             ),
             train_cases=len(train),
             total_cases=len(manifest),
             stop_flag=make_flag(),
+            quarantine=quarantine,
         )
         console.print(
             f"{len(train)} cases to train on, {len(held_out)} held out; {recipe.trainer.num_workers} "
@@ -109,6 +117,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             result = in_thread(lambda: fit(job, manifest, run_dir, use_gpu=use_gpu))
         rows = read_metrics(run_dir)
         console.print(epoch_table(rows))
+        if quarantine is not None:
+            console.print(summary(quarantine.entries(), run_dir))
         ended = stopped.signal_number is None
         pictures = draw(job, rows, run_dir, result) if ended and "://" not in run_dir else []
     checkpoint = result.checkpoint.path if result.checkpoint is not None else None
@@ -152,8 +162,10 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray
 def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
     """The training data from where the run stands; Ray's controller calls it at each start and restart."""
     trainer = job.recipe.trainer
-    # An elastic run does not know its ranks beforehand: Ray's equal split cuts what they cannot share.
-    multiple = trainer.least_step_cases if trainer.max_workers is None else 1
+    # Where the ranks, or the good cases, are not known beforehand, Ray's equal split cuts what ranks cannot share: to
+    # cut it here too would leave out up to a step twice.
+    known = trainer.max_workers is None and job.quarantine is None
+    multiple = trainer.least_step_cases if known else 1
     position = read_position(job.run_dir).skip_finished(job.train_cases - job.bad_cases(), trainer.least_step_cases)
     return training_dataset(
         manifest,
@@ -162,6 +174,7 @@ def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
         consumed=position.before.indices,
         multiple=multiple,
         batch=trainer.batch_size,
+        quarantine=job.quarantine,
     )
 
 

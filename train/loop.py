@@ -21,8 +21,8 @@ from ray.data import DataIterator
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from ingest.errors import ConfigError
-from ingest.plan import Indices
 from ingest.progress import EpochPart, EpochRecorder
+from ingest.quarantine import Quarantine
 from ingest.stall import StallMeter
 
 from . import checkpoint
@@ -48,8 +48,7 @@ class LoopJob:
         train_cases: cases of an epoch.
         total_cases: cases of the manifest.
         stop_flag: of `stop.make_flag`; None for a run that no signal reaches.
-        quarantined: indices known to be bad when the run was (re)started, by a call; None where there is no
-            quarantine.
+        quarantine: the run's bad cases; None where they end the run.
     """
 
     recipe: Recipe
@@ -58,14 +57,13 @@ class LoopJob:
     train_cases: int
     total_cases: int
     stop_flag: Any = None
-    quarantined: Any = None
+    quarantine: Quarantine | None = None
 
-    def bad_cases(self, candidates: Indices | None = None) -> int:
-        """How many cases are quarantined now, of these candidates or of all."""
-        if self.quarantined is None:
+    def bad_cases(self) -> int:
+        """How many of the cases to train on are quarantined by now."""
+        if self.quarantine is None:
             return 0
-        known = self.quarantined()
-        return len(known if candidates is None else np.intersect1d(known, candidates))
+        return len(np.setdiff1d(self.quarantine.indices(), self.holdout.indices))
 
 
 class ToTensors(NumpyBatchCollateFn):

@@ -12,10 +12,12 @@ import torch
 import torch.distributed
 
 from ingest.decode import decode_case
+from ingest.errors import DecodeError
 from ingest.fetch import ShardSpec, read_shard
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, views
 from ingest.plan import Indices
+from ingest.quarantine import Quarantine, entry_of
 
 from .evaluate import SlidingWindowConfig, score_case
 
@@ -30,11 +32,13 @@ class Holdout:
         rows: of the manifest; each rank scores its own share of them.
         indices: (h,) int64, their indices in the whole manifest.
         data: how they are read.
+        quarantine: the run's bad cases; None where they end the run.
     """
 
     rows: Manifest
     indices: Indices
     data: DataConfig
+    quarantine: Quarantine | None = None
 
 
 def gather(mine: T) -> list[T]:
@@ -88,10 +92,13 @@ def evaluate(
         scored[int(holdout.indices[position])] = [float(value) for value in dice]
     everyones = gather(scored)
     merged = {index: dice for part in everyones for index, dice in part.items()}
-    if sum(map(len, everyones)) != len(merged) or len(merged) != len(holdout.rows):
+    bad = 0
+    if holdout.quarantine is not None:
+        bad = len(np.intersect1d(holdout.quarantine.indices(), holdout.indices))
+    if sum(map(len, everyones)) != len(merged) or len(merged) != len(holdout.rows) - bad:
         raise RuntimeError(
-            f"expected {len(holdout.rows)} held-out cases, each scored once, found {sum(map(len, everyones))} scores "
-            f"of {len(merged)} cases; report this with the log"
+            f"expected {len(holdout.rows) - bad} good held-out cases, each scored once, found "
+            f"{sum(map(len, everyones))} scores of {len(merged)} cases; report this with the log"
         )
     table = np.array([merged[index] for index in sorted(merged)], dtype=np.float64)
     return Scores(float(table.mean()), table.mean(axis=0).tolist(), len(merged))
@@ -113,15 +120,27 @@ def whole_cases(
         epoch=0,
         batch=1,
         rows=holdout.rows.take(wanted),
-        indices=wanted,
+        indices=holdout.indices[wanted],
+        bad=data.bad,
+        quarantine=holdout.quarantine,
     )
+    position_of = dict(zip(spec.indices.tolist(), wanted.tolist(), strict=True))
     for table in read_shard(spec):
-        names = zip(table["image_name"].to_pylist(), table["label_name"].to_pylist(), strict=True)
         bodies = zip(views(table["image_npy"]), views(table["label_npy"]), strict=True)
-        for position, (image_name, label_name), (image, label) in zip(
-            table["index"].to_pylist(), names, bodies, strict=True
+        for row, (image_npy, label_npy) in zip(
+            table.drop_columns(["image_npy", "label_npy"]).to_pylist(), bodies, strict=True
         ):
-            yield (
-                position,
-                *decode_case(image, label, data.decode, image_name=image_name, label_name=label_name),
-            )
+            if row["left_out"]:
+                continue
+            names = {"image_name": row["image_name"], "label_name": row["label_name"]}
+            try:
+                image_CDHW, label_1DHW = decode_case(image_npy, label_npy, data.decode, **names)
+            except DecodeError as error:
+                if holdout.quarantine is None or not data.bad.takes(error):
+                    raise
+                uri = names["label_name"] if str(error).startswith(names["label_name"]) else names["image_name"]
+                holdout.quarantine.report(
+                    entry_of(error, index=row["index"], case_id=row["case_id"], uri=uri, epoch=row["epoch"])
+                )
+                continue
+            yield position_of[row["index"]], image_CDHW, label_1DHW

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -12,8 +13,10 @@ from ingest.augment import AugmentConfig
 from ingest.crop import CropConfig
 from ingest.errors import ConfigError, DecodeError
 from ingest.pipeline import DataConfig
+from ingest.quarantine import BadCaseConfig
 from ingest.stores import open_store
 from train.__main__ import main
+from train.audit import audit
 from train.checkpoint import read_position
 from train.config import Recipe, TrainerConfig, from_json
 from train.evaluate import SlidingWindowConfig
@@ -121,3 +124,27 @@ def test_the_recipes_are_listed(arguments, capsys):
     assert main(arguments) == (0 if arguments == ["--help"] else 2)
     printed = capsys.readouterr()
     assert "kits19-mlperf" in printed.out + printed.err
+
+
+def test_bad_cases_are_quarantined_counted_and_the_run_goes_on(places, tmp_path):
+    for role in ("images", "labels"):
+        source, target = open_store(f"{places.local}{role}/"), open_store(f"{tmp_path}/set/{role}/")
+        for entry in source.list():
+            target.put(entry.name, source.fetch([entry])[0])
+    spoilt = [0, 7, 14, 21, 28, 35]
+    for number in spoilt:
+        (tmp_path / "set" / "labels" / f"case_{number:05d}_y.npy").write_bytes(b"no label at all, but long enough")
+    ledger = tmp_path / "ledger"
+    recipe = tiny(f"{tmp_path}/set/", tmp_path / "run", ledger=str(ledger))
+    bad = BadCaseConfig(on_bad="quarantine", budget_cases=10)
+    outcome = run(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, bad=bad)), "tiny", quiet())
+    table = pq.read_table(tmp_path / "run" / "quarantine.parquet")
+    assert sorted(table["case_id"].to_pylist()) == [f"case_{number:05d}" for number in spoilt]
+    assert set(table["reason"].to_pylist()) == {"not-npy"}
+    for row in outcome.rows:
+        assert row["scored"] == 9  # one of the six is held out
+        assert row["trained"] + row["tail"] + row["quarantined"] == 55
+        assert row["tail"] < 8
+    found = audit(outcome.run_dir)
+    assert found.passed, found
+    assert found.epochs[1].quarantined == outcome.rows[1]["quarantined"]

@@ -1,0 +1,256 @@
+"""Bad cases: what is done about one, how many a run may lose, and the book of which they were."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import math
+import threading
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import (
+    ConfigError,
+    DecodeError,
+    ManifestError,
+    ObjectError,
+    ObjectNotFoundError,
+    PlaceNotFoundError,
+    QuarantineBudgetError,
+    StaleManifestError,
+)
+from .plan import Indices
+from .stores.base import open_store
+
+QUARANTINE_FILE = "quarantine.parquet"
+SHOWN = 10  # cases that a message names before "and N more"
+
+SCHEMA = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("case_id", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("epoch", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BadCaseConfig:
+    """What is done about a case that cannot be trained on.
+
+    Permission and network errors are no case's fault: they end the run whatever stands here.
+    """
+
+    on_bad: Literal["fail", "quarantine"] = "fail"
+    """A case whose object is missing or damaged, or is not the volume that was expected: `fail` ends the run,
+    `quarantine` leaves the case out from then on and writes it into the run's quarantine.parquet."""
+
+    budget_fraction: float = 0.001
+    """Share of the data set's cases that may be quarantined, at least one case unless it is 0; one more ends the
+    run."""
+
+    budget_cases: int | None = None
+    """The same as a number of cases; None goes by `budget_fraction`."""
+
+    on_stale: Literal["fail", "refresh", "quarantine"] = "fail"
+    """A case whose object was overwritten since it was listed, whatever `on_bad` says: `fail` ends the run,
+    `refresh` reads the object as it is now, `quarantine` leaves the case out."""
+
+    def __post_init__(self) -> None:
+        if self.on_bad not in ("fail", "quarantine"):
+            raise ConfigError(f"data.on_bad must be fail or quarantine; got {self.on_bad!r}")
+        if self.on_stale not in ("fail", "refresh", "quarantine"):
+            raise ConfigError(f"data.on_stale must be fail, refresh or quarantine; got {self.on_stale!r}")
+        if not 0 <= self.budget_fraction <= 1:
+            raise ConfigError(f"data.budget_fraction must be from 0 to 1; got {self.budget_fraction}")
+        if self.budget_cases is not None and self.budget_cases < 0:
+            raise ConfigError(f"data.budget_cases must be 0 or more; got {self.budget_cases}")
+
+    @property
+    def quarantines(self) -> bool:
+        """Whether any case may end in quarantine, so that a book is needed."""
+        return "quarantine" in (self.on_bad, self.on_stale)
+
+    def takes(self, error: ObjectError | DecodeError) -> bool:
+        """Whether the case that this error is about goes into quarantine."""
+        if isinstance(error, StaleManifestError) and self.on_stale != "refresh":
+            return self.on_stale == "quarantine"
+        return self.on_bad == "quarantine"
+
+    def budget(self, cases: int) -> int:
+        """How many of so many cases may be quarantined."""
+        if self.budget_cases is not None:
+            return self.budget_cases
+        if self.budget_fraction == 0:
+            return 0
+        return max(1, math.floor(self.budget_fraction * cases + 1e-9))  # 0.29 * 100 is a little below 29
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QuarantineEntry:
+    """One bad case.
+
+    Attributes:
+        index: of the case in the manifest.
+        case_id: its key.
+        uri: of the object at fault.
+        reason: `missing`, `stale`, `corrupt`, or a `DecodeError`'s reason.
+        message: the error's.
+        epoch: in which it was found.
+    """
+
+    index: int
+    case_id: str
+    uri: str
+    reason: str
+    message: str
+    epoch: int
+
+
+class Quarantine(Protocol):
+    """Keeps a run's bad cases. Thread-safe; an answer holds for every process of the run."""
+
+    def report(self, entry: QuarantineEntry) -> None:
+        """Take a case in: when this returns, the entry is written. Once is enough; a case's first entry stays.
+
+        Raises:
+            QuarantineBudgetError: the case is one more than the budget allows.
+        """
+
+    def entries(self) -> list[QuarantineEntry]:
+        """The cases taken in so far, in the order they were."""
+
+    def indices(self) -> Indices:
+        """(q,) int64, their indices, ascending."""
+
+
+class QuarantineBook:
+    """The book itself, of this process or inside an actor. Does not pickle: see `quarantine_actor` for that.
+
+    What the run's folder holds from an earlier start is in the book, so that a case stays out for good. To try
+    cases again, delete the file between two starts.
+    """
+
+    def __init__(self, run_dir: str | None, budget: int) -> None:
+        """Note where and how much; the file is read when the book is first asked.
+
+        Args:
+            run_dir: the run's folder or gs:// place; None writes nothing.
+            budget: cases that may be taken in.
+        """
+        self._run_dir = run_dir
+        self._budget = budget
+        self._lock = threading.Lock()
+        self._entries: dict[int, QuarantineEntry] | None = None
+        self._refused: dict[int, QuarantineEntry] = {}
+
+    def report(self, entry: QuarantineEntry) -> None:
+        """See `Quarantine.report`."""
+        with self._lock:
+            known = self._loaded()
+            if entry.index in known:
+                return
+            if len(known) >= self._budget:
+                self._refused[entry.index] = entry
+                raise over_budget([*known.values(), *self._refused.values()], self._budget)
+            taken = {**known, entry.index: entry}
+            if self._run_dir is not None:
+                open_store(self._run_dir).put(QUARANTINE_FILE, to_parquet(taken.values()))
+            self._entries = taken
+
+    def entries(self) -> list[QuarantineEntry]:
+        """See `Quarantine.entries`."""
+        with self._lock:
+            return list(self._loaded().values())
+
+    def indices(self) -> Indices:
+        """See `Quarantine.indices`."""
+        return np.array(sorted(entry.index for entry in self.entries()), dtype=np.int64)
+
+    def _loaded(self) -> dict[int, QuarantineEntry]:
+        if self._entries is None:
+            saved = [] if self._run_dir is None else load_entries(self._run_dir)
+            self._entries = {entry.index: entry for entry in saved}
+        return self._entries
+
+
+def entry_of(error: ObjectError | DecodeError, *, index: int, case_id: str, uri: str, epoch: int) -> QuarantineEntry:
+    """The entry of a case that this error is about; `uri` is that of the object at fault."""
+    if isinstance(error, DecodeError):
+        reason = error.reason
+    elif isinstance(error, ObjectNotFoundError):
+        reason = "missing"
+    else:
+        reason = "stale" if isinstance(error, StaleManifestError) else "corrupt"
+    return QuarantineEntry(index, case_id, uri, reason, str(error), epoch)
+
+
+def over_budget(entries: list[QuarantineEntry], budget: int) -> QuarantineBudgetError:
+    """The error that names the cases and the budget."""
+    return QuarantineBudgetError(
+        f"expected at most {budget} bad cases, found {len(entries)}: {_named(entries)}; mend or remove them and make "
+        "the manifest anew, or raise --data.budget-cases"
+    )
+
+
+def summary(entries: list[QuarantineEntry], run_dir: str | None = None) -> str:
+    """A run's bad cases in one line: how many for which reason, the first names, and where all of them stand."""
+    if not entries:
+        return "no case was quarantined"
+    reasons = collections.Counter(entry.reason for entry in entries).most_common()
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
+    where = "" if run_dir is None else f"; all in {run_dir.rstrip('/')}/{QUARANTINE_FILE}"
+    return f"{_cases(len(entries))} quarantined ({counts}): {_named(entries, 3, with_uri=False)}{where}"
+
+
+def to_parquet(entries: Iterable[QuarantineEntry]) -> bytes:
+    """A Parquet file of `SCHEMA`, a row an entry."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([dataclasses.asdict(entry) for entry in entries], schema=SCHEMA), sink)
+    return sink.getvalue()
+
+
+def load_entries(run_dir: str) -> list[QuarantineEntry]:
+    """What a run's folder holds; nothing where there is no such file, or no folder.
+
+    Raises:
+        ManifestError: there is a file, and it is not one of ours.
+        StoreError: the place cannot be read.
+    """
+    store = open_store(run_dir)
+    try:
+        saved = next((found for found in store.list(QUARANTINE_FILE) if found.name == QUARANTINE_FILE), None)
+    except PlaceNotFoundError:
+        return []
+    if saved is None:
+        return []
+    data = store.fetch([saved])[0]
+    try:
+        table = pq.read_table(pa.BufferReader(data)).select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise ManifestError(
+            f"{store.uri_of(QUARANTINE_FILE)}: expected a Parquet file with the columns {SCHEMA.names}, found "
+            f"something else ({error}); put back the one that the run wrote, or delete it to try all cases again"
+        ) from error
+    return [QuarantineEntry(**row) for row in table.to_pylist()]
+
+
+def _named(entries: list[QuarantineEntry], shown: int = SHOWN, *, with_uri: bool = True) -> str:
+    names = [
+        f"{entry.case_id} ({entry.reason}: {entry.uri})" if with_uri else f"{entry.case_id} ({entry.reason})"
+        for entry in entries[:shown]
+    ]
+    more = f" and {len(entries) - shown} more" if len(entries) > shown else ""
+    return ", ".join(names) + more
+
+
+def _cases(count: int) -> str:
+    return "1 case" if count == 1 else f"{count} cases"
