@@ -124,34 +124,40 @@ def test_a_run_goes_on_with_two_then_one_then_three_ranks_over_three_processes(p
     assert "lost 0, doubled 0, problems 0" in capsys.readouterr().out
 
 
-def test_an_audit_finds_a_step_that_the_ledger_lost_and_one_it_has_twice(places, tmp_path, capsys):
-    ledger = tmp_path / "ledger"
-    recipe = tiny(places.local, tmp_path / "run", num_workers=1, evaluate_every=0, ledger=str(ledger))
-    outcome = run(recipe, "tiny", quiet())
-    assert audit(outcome.run_dir).passed
-    file = next(ledger.glob("*.jsonl"))
+@pytest.fixture(scope="module")
+def done(places, tmp_path_factory):
+    """A recipe that was run for one epoch of 13 steps, with a ledger."""
+    folder = tmp_path_factory.mktemp("done")
+    recipe = tiny(
+        places.local, folder / "run", num_workers=1, epochs=1, evaluate_every=0, ledger=str(folder / "ledger")
+    )
+    run(recipe, "tiny", quiet())
+    return recipe
+
+
+def test_an_audit_finds_a_step_that_the_ledger_lost_and_one_it_has_twice(done, tmp_path, capsys):
+    assert audit(done.run_dir).passed
+    file = next(Path(done.trainer.ledger).glob("*.jsonl"))
     lines = file.read_text().splitlines()
-    file.write_text("\n".join([*lines[:5], *lines[6:]]) + "\n")
-    assert not audit(outcome.run_dir).passed
-    assert main(["audit", outcome.run_dir]) == 1
+    copy = tmp_path / file.name
+    copy.write_text("\n".join([*lines[:5], *lines[6:]]) + "\n")
+    assert main(["audit", done.run_dir, "--ledger", str(tmp_path)]) == 1
     assert "has no record of step 5" in capsys.readouterr().out
     again = json.loads(lines[6]) | {"indices": json.loads(lines[5])["indices"]}
-    file.write_text("\n".join([*lines[:6], json.dumps(again), *lines[7:]]) + "\n")
-    found = audit(outcome.run_dir)
+    copy.write_text("\n".join([*lines[:6], json.dumps(again), *lines[7:]]) + "\n")
+    found = audit(done.run_dir, str(tmp_path))
     assert len(found.epochs[0].more) == 4
     assert len(found.epochs[0].never) == 7
 
 
-def test_a_run_folder_is_not_taken_twice_unless_asked_and_not_with_another_recipe(places, tmp_path):
-    recipe = tiny(places.local, tmp_path / "run", num_workers=1, epochs=1, evaluate_every=0)
-    run(recipe, "tiny", quiet())
+def test_a_run_folder_is_not_taken_twice_unless_asked_and_not_with_another_recipe(done):
     with pytest.raises(ConfigError, match=r"expected no run in .*, found one; go on with it by --trainer\.resume"):
-        run(recipe, "tiny", quiet())
-    trainer = dataclasses.replace(recipe.trainer, resume=recipe.run_dir, epochs=2)
-    other = dataclasses.replace(recipe.optimizer, learning_rate=1.0)
+        run(done, "tiny", quiet())
+    trainer = dataclasses.replace(done.trainer, resume=done.run_dir, epochs=2, ledger=None)
+    other = dataclasses.replace(done.optimizer, learning_rate=1.0)
     with pytest.raises(ConfigError, match="expected the optimizer of the run"):
-        run(dataclasses.replace(recipe, trainer=trainer, optimizer=other), "tiny", quiet())
-    longer = run(dataclasses.replace(recipe, trainer=trainer), "tiny", quiet())
+        run(dataclasses.replace(done, trainer=trainer, optimizer=other), "tiny", quiet())
+    longer = run(dataclasses.replace(done, trainer=trainer), "tiny", quiet())
     assert [row["epoch"] for row in longer.rows] == [0, 1]
     assert [row["step"] for row in longer.rows] == [13, 26]
 
