@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from . import commands
+from .clean import CleanConfig, clean
 from .errors import IngestError
 from .prepare import PrepareConfig, prepare
 
@@ -47,11 +48,16 @@ def _serve(arguments: list[str], console: Console) -> int:  # noqa: ARG001  all 
     return commands.serve(_parse(commands.ServeConfig, "serve", arguments), command)
 
 
+def _clean(arguments: list[str], console: Console) -> int:
+    return clean(_parse(CleanConfig, "clean", arguments), console)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
     "prepare": ("make paired .npy cases out of KiTS19 or the MNI152 template", _prepare),
     "index": ("list and pair a data set once, and save the manifest", _index),
     "inspect": ("say what a data set holds and how it would be read", _inspect),
     "digest": ("print the fingerprint of all samples of some epochs", _digest),
+    "clean": ("delete the composites that killed processes left in a bucket", _clean),
     "serve": ("serve a folder as buckets, on the embedded GCS server", _serve),
 }
 
@@ -85,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return COMMANDS[name][1](rest, Console(soft_wrap=True))
     except IngestError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Settings of a data set stand under `data` in training, and at the top here.
+        print(f"error: {str(error).replace('--data.', '--')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

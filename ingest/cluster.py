@@ -30,8 +30,9 @@ def connected_ray() -> Iterator[bool]:
     runtime_env = {"env_vars": passed} if passed else None
     here = not os.environ.get("RAY_ADDRESS")
     if here:
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        # Ray Data prints with a traceback what it raises, and we print what is raised.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
     else:
         ray.init(runtime_env=runtime_env)

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from .augment import AugmentConfig
 from .crop import CropConfig, Shape
 from .decode import DecodeConfig, LabelMap, Volume, decode_case
 from .errors import ConfigError, DecodeError
@@ -196,6 +197,9 @@ class DigestConfig:
     transport: Literal["auto", "compose", "direct"] = "auto"
     """GCS: how objects are fetched."""
 
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
+    pairing: PairingConfig = dataclasses.field(default_factory=PairingConfig)
     shards: ShardConfig = dataclasses.field(default_factory=ShardConfig)
     blocks_in_flight: int | None = None
     """Read tasks at once; None leaves it to Ray Data."""
@@ -217,6 +221,9 @@ def digest(config: DigestConfig, console: Console) -> int:
         seed=config.seed,
         holdout_fraction=0.0,
         crop=CropConfig(patch=config.patch),
+        augment=config.augment,
+        decode=config.decode,
+        pairing=config.pairing,
         shards=config.shards,
         blocks_in_flight=config.blocks_in_flight,
         store=StoreConfig(transport=config.transport),
@@ -250,6 +257,10 @@ class ServeConfig:
 
     port: int = 0
     """Port on 127.0.0.1; 0 takes a free one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65_536:
+            raise ConfigError(f"port must be from 0 to 65535; got {self.port}")
 
 
 def serve(config: ServeConfig, command: list[str]) -> int:

@@ -80,6 +80,11 @@ class Manifest:
         numbers: npt.NDArray[np.int64] = ids.dictionary_encode().indices.to_numpy().astype(np.int64)
         return numbers
 
+    def id_bytes(self) -> tuple[int, int]:
+        """Bytes of the shortest and of the longest case id."""
+        lengths = pc.min_max(pc.binary_length(self.table["case_id"]))
+        return int(lengths["min"].as_py()), int(lengths["max"].as_py())
+
     def take(self, indices: npt.NDArray[np.int64]) -> pa.Table:
         """The rows of these cases, in the order asked, in buffers of their own: small to pickle."""
         return self.table.take(pa.array(indices)).combine_chunks()

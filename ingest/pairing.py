@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 SUFFIXED_IMAGE = r"(.+)_x\.npy"
 SUFFIXED_LABEL = r"(.+)_y\.npy"
 EQUAL_NAMES = r"(.+)\.npy"
+VOLUME_LIKE = re.compile(r"\.npy(\.\w+)?$", re.IGNORECASE)  # also .NPY and .npy.gz: a volume that would go unread
 SHOWN = 3  # names shown in a message before "and N more"
 
 
@@ -87,11 +88,11 @@ class Pairing:
     cases: list[Case]
     problems: list[Problem]
     ignored: int
-    """Objects that do not end in `.npy` (notes, manifests): counted and logged, in no case by right."""
+    """Objects that are no volume by their name (notes, manifests): counted and logged, in no case by right."""
 
 
 def choose_patterns(
-    images: Iterable[ObjectMeta], labels: Iterable[ObjectMeta], config: PairingConfig
+    images: Iterable[ObjectMeta], labels: Iterable[ObjectMeta], config: PairingConfig, *, same_place: bool = False
 ) -> tuple[re.Pattern[str], re.Pattern[str]]:
     """The patterns for images and labels: those configured, else the convention the names follow.
 
@@ -101,7 +102,10 @@ def choose_patterns(
     if config.image_pattern is not None and config.label_pattern is not None:
         return re.compile(config.image_pattern), re.compile(config.label_pattern)
     suffixed_image, suffixed_label = re.compile(SUFFIXED_IMAGE), re.compile(SUFFIXED_LABEL)
-    if any(suffixed_image.fullmatch(o.name) for o in images) and any(suffixed_label.fullmatch(o.name) for o in labels):
+    both = any(suffixed_image.fullmatch(o.name) for o in images) and any(
+        suffixed_label.fullmatch(o.name) for o in labels
+    )
+    if both or same_place:  # in one place equal names would make each object its own label
         return suffixed_image, suffixed_label
     return re.compile(EQUAL_NAMES), re.compile(EQUAL_NAMES)
 
@@ -126,7 +130,7 @@ def join_by_key(
         right cannot be known.
     """
     config = config or PairingConfig()
-    image_pattern, label_pattern = choose_patterns(images, labels, config)
+    image_pattern, label_pattern = choose_patterns(images, labels, config, same_place=same_place)
     problems: list[Problem] = []
     ignored = 0
     by_role: list[dict[str, list[ObjectMeta]]] = []
@@ -141,7 +145,7 @@ def join_by_key(
                 by_key.setdefault(match.group(1) or "", []).append(entry)
             elif same_place and other.fullmatch(entry.name) is not None:
                 continue
-            elif entry.name.endswith(".npy"):
+            elif VOLUME_LIKE.search(entry.name):
                 problems.append(Problem("name-without-key", role, entry.name, ""))
             else:
                 ignored += 1
@@ -177,7 +181,7 @@ def pair_cases(
     config = config or PairingConfig()
     pairing = join_by_key(images, labels, config, same_place=same_place)
     if pairing.ignored:
-        logger.info("%d objects do not end in .npy and are in no case by right", pairing.ignored)
+        logger.warning("%d objects are no .npy by their name, and are in no case", pairing.ignored)
     if pairing.problems:
         text = describe_problems(pairing.problems, images=len(images), labels=len(labels))
         if config.on_orphan == "fail":
@@ -207,7 +211,7 @@ def describe_problems(problems: Sequence[Problem], *, images: int, labels: int) 
             "image-without-label": "have no label",
             "label-without-image": "have no image",
             "duplicate-key": f"share their key with another object (first key: {mine[0].key!r})",
-            "name-without-key": "end in .npy but match no naming pattern",
+            "name-without-key": "are .npy by their name but match no naming pattern",
         }[kind]
         sentences.append(
             f"expected every {role} to be in exactly one case; {count} of {totals[role]} {role}s {what}: {names}"

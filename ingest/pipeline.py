@@ -192,7 +192,7 @@ def training_dataset(
     before = context.target_max_block_size, context.execution_options
     try:
         # A data set takes a copy of the context as it stands when it is made.
-        context.target_max_block_size = block_target_bytes(config, batch)
+        context.target_max_block_size = block_target_bytes(config, batch, manifest.id_bytes())
         context.execution_options = execution_options()
         read = ray.data.read_datasource(
             source,
@@ -218,15 +218,22 @@ def execution_options() -> ExecutionOptions:
     return ExecutionOptions(preserve_order=True)
 
 
-def block_target_bytes(config: DataConfig, batch: int) -> int:
+def block_target_bytes(config: DataConfig, batch: int, id_bytes: tuple[int, int]) -> int:
     """The target size that makes Ray hand on blocks of exactly `batch` samples.
 
     Ray gathers what a task yields until it is over the target, and cuts what is over 1.5 times the target. Samples
-    have one size, so half a sample under a batch is passed by the batch's last sample and by no other.
+    have one size but for their ids, so a target between the largest batch less one sample and the smallest batch is
+    passed by a batch's last sample and by no other.
+
+    Args:
+        config: says how large a sample is.
+        batch: samples of a block.
+        id_bytes: of the shortest and of the longest case id.
     """
     voxels = math.prod(config.crop.patch)
-    sample_bytes = voxels * (4 * config.decode.channels + 1) + 2 * 8 + 2 * 8 + 16  # tensors, integers, offsets, id
-    return max(1, int((batch - 0.5) * sample_bytes))
+    sample_bytes = voxels * (4 * config.decode.channels + 1) + 2 * 8 + 2 * 8 + 4  # tensors, integers, offsets
+    under, over = (batch - 1) * (sample_bytes + id_bytes[1]), batch * (sample_bytes + id_bytes[0])
+    return max(1, (under + over) // 2 if under < over else over - 1)
 
 
 def sample_patches(

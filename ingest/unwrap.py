@@ -27,7 +27,14 @@ def own_error(error: BaseException) -> IngestError | None:
     return None
 
 
+# Ray Data adds advice on its retries to the message of what a map raises.
+_ADVICE = "\nFailed to apply UDF transform"
+
+
 def _plain(error: IngestError) -> IngestError:
-    """Without the remote traceback that Ray's mixed-in class prints as the message."""
+    """As it was raised: without the remote traceback of Ray's mixed-in class, and without Ray's advice."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, IngestError) else error
+    ours = cause if isinstance(cause, IngestError) else error
+    if ours.args and isinstance(ours.args[0], str):
+        ours.args = (ours.args[0].partition(_ADVICE)[0], *ours.args[1:])
+    return ours

@@ -103,7 +103,9 @@ def test_pairing_takes_images_and_labels_from_one_place():
 
 
 def test_pairing_does_not_let_a_misnamed_npy_pass_in_silence():
-    with pytest.raises(PairingError, match=r"1 of 2 images end in \.npy but match no naming pattern: stray\.npy"):
+    with pytest.raises(
+        PairingError, match=r"1 of 2 images are \.npy by their name but match no naming pattern: stray\.npy"
+    ):
         pair_cases(objects("a_x.npy", "stray.npy"), objects("a_y.npy"))
 
 
@@ -128,3 +130,15 @@ def test_pairing_says_when_nothing_pairs_at_all():
 def test_pairing_config_rejects_patterns_that_cannot_work(image, label, message):
     with pytest.raises(ConfigError, match=message):
         PairingConfig(image_pattern=image, label_pattern=label)
+
+
+@pytest.mark.parametrize("name", ["b_x.NPY", "b_x.npy.gz"])
+def test_pairing_does_not_let_a_volume_of_another_ending_pass_in_silence(name):
+    with pytest.raises(PairingError, match=r"are \.npy by their name but match no naming pattern"):
+        pair_cases(objects("a_x.npy", name), objects("a_y.npy"))
+
+
+def test_pairing_never_makes_an_object_its_own_label():
+    listing = objects("a_x.npy", "b_x.npy")
+    with pytest.raises(PairingError, match="2 of 2 images have no label"):
+        pair_cases(listing, listing, same_place=True)

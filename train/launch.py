@@ -8,9 +8,10 @@ import functools
 import os
 import threading
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import pyarrow.fs
 import ray.train
 import ray.train.torch
 from rich.console import Console
@@ -77,7 +78,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         use_gpu = preflight.check_cluster(recipe)
         manifest, recipe = open_data(recipe, f"{run_dir}/{MANIFEST_FILE}" if resumed else None, console)
         train, held_out = split_holdout(recipe.data.seed, manifest.subjects(), recipe.data.holdout_fraction)
-        preflight.check_amount(recipe, len(train))
+        preflight.check_amount(recipe, len(train), len(held_out))
         preflight.check_smallest(recipe, manifest)
         if not resumed:
             manifest.save(f"{run_dir}/{MANIFEST_FILE}")
@@ -132,6 +133,9 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray
     recipe = job.recipe
     ranks = recipe.trainer.num_workers
     storage_path, _, name = run_dir.rstrip("/").rpartition("/")
+    filesystem = emulated_filesystem(run_dir)
+    if filesystem is not None:
+        storage_path = storage_path.removeprefix("gs://")
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
@@ -145,6 +149,7 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage_path,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=recipe.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.trainer.checkpoints_kept),
             callbacks=[MetricsWriter(run_dir)],  # type: ignore[list-item]  # Ray's stub speaks of Train V1
@@ -157,6 +162,20 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray
         if ours is not None:
             raise ours from error
         raise
+
+
+def emulated_filesystem(run_dir: str) -> pyarrow.fs.FileSystem | None:
+    """Where STORAGE_EMULATOR_HOST points, for checkpoints on gs://; pyarrow does not go by it of itself."""
+    url = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    if not run_dir.startswith("gs://") or not url:
+        return None
+    scheme, _, endpoint = url.rpartition("://")
+    return pyarrow.fs.GcsFileSystem(
+        anonymous=True,
+        scheme=scheme or "http",
+        endpoint_override=endpoint.rstrip("/"),
+        retry_time_limit=timedelta(seconds=30),
+    )
 
 
 def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
@@ -190,7 +209,8 @@ def checks_of_run_dir(recipe: Recipe, run_dir: str) -> bool:
     except PlaceNotFoundError:
         saved = None
     if recipe.trainer.resume is None:
-        if saved is not None:
+        # A run that ended before its first checkpoint has nothing to go on from: its folder is free.
+        if saved is not None and read_position(run_dir).checkpoint is not None:
             raise ConfigError(
                 f"expected no run in {run_dir}, found one; go on with it by --trainer.resume {run_dir}, or choose "
                 "another --run-dir"
@@ -217,9 +237,13 @@ def checks_of_run_dir(recipe: Recipe, run_dir: str) -> bool:
 def resolve_run_dir(recipe: Recipe, name: str) -> str:
     """An absolute folder or a gs:// place, without a trailing slash; a new one where none was given."""
     given = recipe.trainer.resume or recipe.run_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    if "://" in given:
-        return given.rstrip("/")
-    return str(Path(given).expanduser().resolve())
+    run_dir = given.rstrip("/") if "://" in given else str(Path(given).expanduser().resolve())
+    if not run_dir.rpartition("/")[2].isascii():
+        raise ConfigError(
+            f"expected a --run-dir whose last part is plain ASCII, since Ray makes names of it, found {run_dir!r}; "
+            "choose another"
+        )
+    return run_dir
 
 
 @contextlib.contextmanager

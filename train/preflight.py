@@ -68,8 +68,13 @@ def check_gpus(recipe: Recipe, gpus: float) -> bool:
     return recipe.trainer.use_gpu
 
 
-def check_amount(recipe: Recipe, train_cases: int) -> None:
-    """At least one whole batch for every rank."""
+def check_amount(recipe: Recipe, train_cases: int, held_out: int) -> None:
+    """At least one whole batch for every rank, and a case to score where scoring is asked for."""
+    if held_out == 0 and recipe.trainer.evaluate_every:
+        raise ConfigError(
+            "expected held-out cases to score, found --data.holdout-fraction 0; raise it, or give "
+            "--trainer.evaluate-every 0"
+        )
     wanted = recipe.trainer.least_step_cases
     if wanted > train_cases:
         raise ConfigError(

@@ -206,3 +206,14 @@ def test_the_commands_are_listed(arguments, capsys):
     assert main(arguments) == (0 if arguments == ["--help"] else 2)
     printed = capsys.readouterr()
     assert "prepare" in printed.out + printed.err
+
+
+def test_what_a_user_reads_of_a_bad_case_is_the_one_line_and_nothing_of_ray(places, tmp_path):
+    folder = few(places, tmp_path)
+    (folder / "images/case_00001_x.npy").write_bytes(b"no volume")
+    ran = run_ingest("digest", "--images", f"{folder}/images", "--labels", f"{folder}/labels", "--patch", *"888")
+    assert ran.returncode == 1
+    assert ran.stderr == (
+        f"error: {folder}/images/case_00001_x.npy: expected an .npy file, found one that starts with b'no vol'; "
+        "upload it anew or leave the case out\n"
+    )

@@ -50,7 +50,7 @@ class Killer(threading.Thread):
 
 
 def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(places, tmp_path):
-    options = {"num_workers": 1, "epochs": 5, "evaluate_every": 0, "deterministic": True, "checkpoint_every_steps": 5}
+    options = {"num_workers": 1, "epochs": 4, "evaluate_every": 0, "deterministic": True, "checkpoint_every_steps": 5}
     calm = run(tiny(places.local, tmp_path / "calm", **options), "tiny", quiet())
     ledger = tmp_path / "ledger"
     killer = Killer(ledger, times=5, seed=4)
@@ -61,7 +61,7 @@ def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(pla
     found = audit(killed.run_dir)
     assert found.attempts == 6
     assert found.passed, found
-    assert [(e.cases, e.once, e.tail, e.finished) for e in found.epochs] == [(55, 52, 3, True)] * 5
+    assert [(e.cases, e.once, e.tail, e.finished) for e in found.epochs] == [(55, 52, 3, True)] * 4
     states = [
         load_state(outcome.run_dir, read_position(outcome.run_dir).checkpoint, "cpu")["model"]
         for outcome in (calm, killed)
@@ -105,18 +105,18 @@ def test_a_run_goes_on_with_two_then_one_then_three_ranks_over_three_processes(p
     run_dir, ledger = tmp_path / "run", tmp_path / "ledger"
     resume = ["--trainer.resume", str(run_dir)]
     first = start(places, run_dir, ledger, 2, "--run-dir", str(run_dir))
-    status, printed = stop_after(first, ledger, 20, signal.SIGINT)
+    status, printed = stop_after(first, ledger, 10, signal.SIGINT)
     assert status == 130, printed
     assert f"go on with --trainer.resume {run_dir}" in printed
-    status, printed = stop_after(start(places, run_dir, ledger, 1, *resume), ledger, 20, signal.SIGTERM)
+    status, printed = stop_after(start(places, run_dir, ledger, 1, *resume), ledger, 10, signal.SIGTERM)
     assert status == 143, printed
     assert "going on from checkpoint_" in printed
-    status, printed = stop_after(start(places, run_dir, ledger, 3, *resume), ledger, 20, signal.SIGINT)
+    status, printed = stop_after(start(places, run_dir, ledger, 3, *resume), ledger, 10, signal.SIGINT)
     assert status == 130, printed
     found = audit(str(run_dir))
     assert found.attempts == 3
     assert found.passed, found
-    assert sum(epoch.finished for epoch in found.epochs) >= 3
+    assert sum(epoch.finished for epoch in found.epochs) >= 2
     for epoch in found.epochs[:-1]:
         assert epoch.once + epoch.tail == epoch.cases == 55
         assert epoch.tail < 12

@@ -148,3 +148,20 @@ def test_bad_cases_are_quarantined_counted_and_the_run_goes_on(places, tmp_path)
     found = audit(outcome.run_dir)
     assert found.passed, found
     assert found.epochs[1].quarantined == outcome.rows[1]["quarantined"]
+
+
+def test_a_run_is_kept_in_a_bucket_and_gone_on_with_there(places, bucket):
+    run_dir = f"gs://{bucket}/runs/one"
+    recipe = tiny(places.gs, Path("unused"), num_workers=1, epochs=1, evaluate_every=0)
+    first = run(dataclasses.replace(recipe, run_dir=run_dir), "tiny", quiet())
+    assert [row["epoch"] for row in first.rows] == [0]
+    trainer = dataclasses.replace(recipe.trainer, resume=run_dir, epochs=2)
+    second = run(dataclasses.replace(recipe, trainer=trainer), "tiny", quiet())
+    assert [row["step"] for row in second.rows] == [13, 26]
+    names = {entry.name.split("/")[-1] for entry in open_store(run_dir).list()}
+    assert {"state.pt", "latest.json", "metrics.json", "manifest.parquet", "recipe.json"} <= names
+
+
+def test_a_run_folder_that_ray_cannot_name_is_refused(places, tmp_path):
+    with pytest.raises(ConfigError, match="plain ASCII"):
+        run(tiny(places.gs, tmp_path / "ünï"), "tiny", quiet())

@@ -36,8 +36,8 @@ def test_gpus_are_taken_where_there_are_enough_and_missed_where_they_are_asked_f
 
 def test_a_batch_larger_than_the_data_set_is_refused():
     with pytest.raises(ConfigError, match=r"expected at least 8 training cases.*found 7"):
-        preflight.check_amount(DEMO, 7)
-    preflight.check_amount(DEMO, 8)
+        preflight.check_amount(DEMO, 7, 1)
+    preflight.check_amount(DEMO, 8, 1)
 
 
 def test_a_patch_larger_than_the_smallest_volume_is_refused_and_the_volume_named(tmp_path):
@@ -110,3 +110,9 @@ def test_trainer_config_rejects_what_cannot_train(bad):
 def test_demo_config_rejects_too_little_data():
     with pytest.raises(ConfigError, match="2 cases or more"):
         DemoConfig(cases=1)
+
+
+def test_scoring_without_held_out_cases_is_refused():
+    with pytest.raises(ConfigError, match="expected held-out cases to score"):
+        preflight.check_amount(DEMO, 100, 0)
+    preflight.check_amount(with_trainer(evaluate_every=0), 100, 0)
