@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Ray's anonymous usage reports are off unless the user turns them on.
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-crash lint format clean
 
 setup: $(STAMP)
 
@@ -19,7 +19,11 @@ demo: $(STAMP)
 	$(BIN)/python -m train run demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not crash'
+
+# Kills trainers, data workers and nodes, and starts whole runs again: about five minutes on 2 cores.
+test-crash: $(STAMP)
+	$(BIN)/python -m pytest -m crash
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import pytest
 from ingest.digest import combine, digest_batches
 from tests.integration.test_pipeline import configure, dataset, fingerprint
 
-pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.crash, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(200)]
 
 
 def reading_processes() -> list[int]:

@@ -21,7 +21,7 @@ from train.audit import audit
 from train.checkpoint import load_state, read_position
 from train.launch import run
 
-pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.crash, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(400)]
 
 
 class Killer(threading.Thread):
