@@ -1,9 +1,10 @@
-"""`python -m ingest clean`: sweeps the composites that killed processes left in a bucket."""
+"""Sweeps the composites that killed processes left: `python -m ingest clean`, and the end of each run."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from datetime import timedelta
 
 import tyro
@@ -61,3 +62,22 @@ def clean(config: CleanConfig, console: Console) -> int:
     size_bytes = sum(composite.size_bytes for composite in swept)
     console.print(f"{'would delete' if config.dry_run else 'deleted'} {len(swept)} composites, {size_bytes:,} bytes")
     return 0
+
+
+def sweep_run(uris: Iterable[str], run_id: str, config: StoreConfig) -> int:
+    """Delete the composites that killed processes of one run left, at its end; raises no `StoreError`.
+
+    Args:
+        uris: the run's places; those that are no ``gs://`` ones have no composites.
+        run_id: as in the `StoreConfig` of the run's stores.
+        config: how to talk to the server.
+
+    Returns:
+        How many there were.
+    """
+    buckets = [uri for uri in uris if uri.startswith("gs://")]
+    if not buckets:
+        return 0
+    from .stores import gcs_clean
+
+    return gcs_clean.sweep_run(buckets, run_id, config)

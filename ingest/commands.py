@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections import Counter
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from .augment import AugmentConfig
+from .clean import sweep_run
 from .crop import CropConfig, Shape
 from .decode import DecodeConfig, LabelMap, Volume, decode_case
 from .errors import ConfigError, DecodeError
@@ -194,13 +195,11 @@ class DigestConfig:
     seed: int = 0
     """Of the order and the transforms."""
 
-    transport: Literal["auto", "compose", "direct"] = "auto"
-    """GCS: how objects are fetched."""
-
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
     pairing: PairingConfig = dataclasses.field(default_factory=PairingConfig)
     shards: ShardConfig = dataclasses.field(default_factory=ShardConfig)
+    store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
     blocks_in_flight: int | None = None
     """Read tasks at once; None leaves it to Ray Data."""
 
@@ -226,24 +225,28 @@ def digest(config: DigestConfig, console: Console) -> int:
         pairing=config.pairing,
         shards=config.shards,
         blocks_in_flight=config.blocks_in_flight,
-        store=StoreConfig(transport=config.transport),
+        store=dataclasses.replace(config.store, run_id=config.store.run_id or uuid.uuid4().hex),
     )
     manifest = index_cases(data.images, data.labels, data.store, data.pairing).manifest
     choice = choose_transport(manifest, data.store)
     data = dataclasses.replace(data, store=dataclasses.replace(data.store, transport=choice.transport))
     console.print(f"{len(manifest)} cases; reading by {choice.transport}: {choice.reason}")
-    with connected_ray():
-        dataset = training_dataset(manifest, data)
-        found: Digests = {}
-        for epoch in range(config.epochs):
-            try:
-                found |= digest_batches(dataset.iter_batches(batch_size=None, batch_format="numpy"))
-            except Exception as error:
-                ours = own_error(error)
-                if ours is None:
-                    raise
-                raise ours from error
-            console.print(f"epoch {epoch}: {sum(e == epoch for e, _ in found)} samples")
+    found: Digests = {}
+    try:
+        with connected_ray():
+            dataset = training_dataset(manifest, data)
+            for epoch in range(config.epochs):
+                try:
+                    found |= digest_batches(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+                except Exception as error:
+                    ours = own_error(error)
+                    if ours is None:
+                        raise
+                    raise ours from error
+                console.print(f"epoch {epoch}: {sum(e == epoch for e, _ in found)} samples")
+    finally:
+        if choice.transport == "compose":
+            sweep_run((data.images, data.labels), data.store.run_id, data.store)
     print(f"digest {combine(found)} samples {len(found)}")
     return 0
 

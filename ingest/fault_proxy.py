@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import random
+import hashlib
+import json
 import re
 import socket
 import struct
@@ -31,7 +32,11 @@ class Fault:
     """Of striking a request that matches."""
 
     request: str = ""
-    """Kind of request (`list`, `read`, `compose`, `delete`, `upload`, `meta`, `bucket`); empty is any."""
+    """Kinds of request (`list`, `read`, `compose`, `delete`, `upload`, `meta`, `bucket`), with ``|`` between them;
+    empty is any."""
+
+    method: str = ""
+    """HTTP method; empty is any."""
 
     object_pattern: str = ""
     """Regular expression searched in the object's name; empty is any."""
@@ -49,10 +54,38 @@ class Fault:
     """Of kinds `latency` and `stall`."""
 
     after_server: bool = False
-    """Of kinds `status` and `reset`: strike after the server has done the request, whose answer is lost."""
+    """Of kinds `status`, `reset` and `stall`: strike after the server has done the request, whose answer is lost."""
 
     times: int | None = None
     """How often it strikes at the most; None is without limit."""
+
+
+def every_fault(probability: float, *, stall_s: float, latency_s: float = 0.02) -> list[Fault]:
+    """Every kind of fault at once, each striking with this probability what it can strike.
+
+    Bytes are flipped in what is read, where checksums guard them: a listing carries none, and over TLS it cannot be
+    changed unseen.
+
+    Args:
+        probability: of each.
+        stall_s: how long a request stays without an answer; more than the client's time-out.
+        latency_s: what the latency adds.
+    """
+    return [
+        Fault(kind="latency", probability=probability, seconds=latency_s),
+        Fault(kind="status", status=429, probability=probability),
+        Fault(kind="status", status=429, retry_after_s=1, probability=probability),
+        Fault(kind="status", status=503, probability=probability),
+        Fault(kind="status", status=503, retry_after_s=1, probability=probability),
+        Fault(kind="status", status=503, after_server=True, probability=probability),
+        Fault(kind="reset", probability=probability),
+        Fault(kind="reset", after_server=True, probability=probability),
+        Fault(kind="stall", seconds=stall_s, probability=probability),
+        Fault(kind="truncate", probability=probability),
+        Fault(kind="flip", request="read", probability=probability),
+        Fault(kind="status", status=403, request="compose", probability=probability),
+        Fault(kind="status", status=404, request="read|meta", probability=probability),
+    ]
 
 
 class FaultProxy:
@@ -68,16 +101,19 @@ class FaultProxy:
         Args:
             upstream_url: of the server, ``http://127.0.0.1:PORT``.
             faults: what to inject.
-            seed: of the draws; their order among concurrent requests is as the requests come.
+            seed: of the draws. Each is a function of the seed, the fault's place in the list, and which request of
+                its kind for its object it is, whatever comes in between; composites go by their sources' names.
         """
         self._upstream = urlsplit(upstream_url)
         self.faults = list(faults)
-        self._rng = random.Random(seed)
+        self._seed = seed
         self._lock = threading.Lock()
         self._requests: collections.Counter[str] = collections.Counter()
         self._injected: collections.Counter[str] = collections.Counter()
         self._struck: collections.Counter[Fault] = collections.Counter()
         self._composites: set[str] = set()
+        self._seen: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._sources: dict[str, str] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._server: asyncio.Server | None = None
@@ -97,7 +133,7 @@ class FaultProxy:
 
     @property
     def injected(self) -> dict[str, int]:
-        """Faults so far, by kind."""
+        """Faults so far, by kind; of kind `status` by number, as ``status-503``."""
         with self._lock:
             return dict(self._injected)
 
@@ -164,11 +200,12 @@ class FaultProxy:
         method, target, _ = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
         body = await _read_body(reader, head)
         kind, name = classify(method, target)
-        fault = self._draw(kind, name, target)
-        if fault is not None and fault.kind in ("latency", "stall"):
+        fault, place = self._draw(kind, name, method, target, body)
+        if fault is not None and fault.kind == "latency":
             await asyncio.sleep(fault.seconds)
-            if fault.kind == "stall":
-                return False
+        if fault is not None and fault.kind == "stall" and not fault.after_server:
+            await asyncio.sleep(fault.seconds)
+            return False
         if fault is not None and fault.kind in ("status", "reset") and not fault.after_server:
             return await self._answer_ourselves(writer, fault)
         host = f"{self._upstream.hostname}:{self._upstream.port}"
@@ -179,6 +216,9 @@ class FaultProxy:
             return False
         up_body = b"" if method == "HEAD" else await _read_body(up_reader, up_head)
         self._note_composites(kind, name, int(up_head.split(b" ", 2)[1]))
+        if fault is not None and fault.kind == "stall":
+            await asyncio.sleep(fault.seconds)
+            return False
         if fault is not None and fault.kind in ("status", "reset"):
             return await self._answer_ourselves(writer, fault)
         if fault is not None and fault.kind == "truncate" and up_body:
@@ -186,29 +226,39 @@ class FaultProxy:
             await writer.drain()
             return False
         if fault is not None and fault.kind == "flip" and up_body:
-            place = self._rng.randrange(len(up_body))
-            up_body = up_body[:place] + bytes([up_body[place] ^ 1]) + up_body[place + 1 :]
+            at = int(place * len(up_body))
+            up_body = up_body[:at] + bytes([up_body[at] ^ 1]) + up_body[at + 1 :]
         # The server names itself in the addresses of resumable uploads; clients must come back through us.
         up_head = up_head.replace(host.encode(), f"127.0.0.1:{self.port}".encode())
         writer.write(up_head + up_body)
         await writer.drain()
         return b"connection: close" not in up_head.lower()
 
-    def _draw(self, kind: str, name: str, target: str) -> Fault | None:
+    def _draw(self, kind: str, name: str, method: str, target: str, body: bytes) -> tuple[Fault | None, float]:
+        """The fault that strikes, and a number from 0 to 1 that says where."""
         with self._lock:
             self._requests[kind] += 1
-            for fault in self.faults:
+            if kind == "compose":
+                self._sources[name] = _sources_of(body)
+            drawn_as = self._sources.get(name, name)
+            self._seen[kind, drawn_as] += 1
+            number = self._seen[kind, drawn_as]
+            for position, fault in enumerate(self.faults):
                 matches = (
-                    fault.request in ("", kind)
+                    (not fault.request or kind in fault.request.split("|"))
+                    and fault.method in ("", method)
                     and re.search(fault.object_pattern, name)
                     and re.search(fault.target_pattern, target)
                 )
                 spent = fault.times is not None and self._struck[fault] >= fault.times
-                if matches and not spent and self._rng.random() < fault.probability:
+                if not matches or spent:
+                    continue
+                drawn = hashlib.blake2b(f"{self._seed} {position} {kind} {number} {drawn_as}".encode()).digest()
+                if int.from_bytes(drawn[:8], "big") / 2**64 < fault.probability:
                     self._struck[fault] += 1
-                    self._injected[fault.kind] += 1
-                    return fault
-        return None
+                    self._injected[f"status-{fault.status}" if fault.kind == "status" else fault.kind] += 1
+                    return fault, int.from_bytes(drawn[8:14], "big") / 2**48
+        return None, 0.0
 
     async def _answer_ourselves(self, writer: asyncio.StreamWriter, fault: Fault) -> bool:
         if fault.kind == "reset":
@@ -253,6 +303,14 @@ def classify(method: str, target: str) -> tuple[str, str]:
     if method == "GET":
         return ("read" if "alt=media" in query else "meta"), unquote(key)
     return "other", unquote(key)
+
+
+def _sources_of(compose_body: bytes) -> str:
+    """What a composite is made of, in one word: its own name is another one in each run."""
+    try:
+        return " ".join(source["name"] for source in json.loads(compose_body)["sourceObjects"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 async def _read_head(reader: asyncio.StreamReader) -> bytes:

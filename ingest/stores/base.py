@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Annotated, Literal, NamedTuple, Protocol, TypeAlias
 from urllib.parse import urlsplit
+
+import tyro
 
 from ..errors import ConfigError, ObjectError, UnknownSchemeError
 
@@ -86,7 +89,7 @@ class Store(Lists, Fetches, Puts, Protocol):
 class StoreConfig:
     """How stores talk to their servers. Stores that have no such thing ignore a field."""
 
-    transport: Transport = "auto"
+    transport: Annotated[Transport, tyro.conf.arg(aliases=("--transport",))] = "auto"
     """GCS: `compose` (Dataflux, many small objects in one GET; needs create and delete permission),
     `direct` (concurrent GETs), or `auto`: compose where objects are small and the bucket allows it."""
 
@@ -127,6 +130,9 @@ class StoreConfig:
     compose_tries: int = 3
     """GCS: tries of each request of a composed read, after which its objects are read directly instead."""
 
+    run_id: str = ""
+    """GCS: composites are named by it, so that the end of a run sweeps its own and no other's; empty leaves it out."""
+
     list_page_size: int = 5000
     """GCS: objects a listing's page; the server gives no more than 5,000."""
 
@@ -142,6 +148,10 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "compose", "direct"):
             raise ConfigError(f"transport must be auto, compose or direct; got {self.transport!r}")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", self.run_id):
+            raise ConfigError(
+                f"run_id must be at most 64 letters, digits, - and _, since it is part of names; got {self.run_id!r}"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and value <= 0:

@@ -157,6 +157,9 @@ class _ChunkClient:
         return self
 
     def blob(self, name: str) -> _ChunkBlob:
+        """A blob of that name; a composite goes by the run's id too."""
+        if name not in self.sources:
+            name = composite_prefix(self.direct.config.run_id) + name.removeprefix(COMPOSED_PREFIX)
         return _ChunkBlob(self, name)
 
     def clean_up(self) -> None:
@@ -178,8 +181,11 @@ class _ChunkBlob:
     def compose(self, sources: Sequence[_ChunkBlob], retry: object = None) -> None:  # noqa: ARG002  Dataflux passes it
         """Make the composite of these generations of the sources."""
         client = self._client
+        sent = 0
 
         def send() -> None:
+            nonlocal sent
+            sent += 1
             google_blob(self._config, self._bucket, self.name).compose(
                 [
                     google_blob(self._config, self._bucket, name, client.sources[name].generation)
@@ -198,8 +204,9 @@ class _ChunkBlob:
                 permission="storage.objects.create",
                 tries=self._config.compose_tries,
             )
-        except (AbsentError, PermissionDeniedError, RefusedError):
-            client.composites.discard(self.name)  # it never came to be
+        except (AbsentError, PermissionDeniedError, RefusedError) as error:
+            if sent == 1 or isinstance(error, RefusedError):
+                client.composites.discard(self.name)  # it never came to be; an earlier try's answer may have been lost
             raise
 
     def download_as_bytes(self, retry: object = None) -> bytes:  # noqa: ARG002  Dataflux passes it
@@ -322,6 +329,11 @@ def _delete_composite(bucket: str, name: str, config: StoreConfig, tries: int = 
 
 
 atexit.register(sweep_leftovers)
+
+
+def composite_prefix(run_id: str) -> str:
+    """What the names of a run's composites begin with; those of no run lie directly under Dataflux's own prefix."""
+    return f"{COMPOSED_PREFIX}{run_id}/" if run_id else COMPOSED_PREFIX
 
 
 def is_composite(key: str) -> bool:

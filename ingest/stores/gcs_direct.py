@@ -6,8 +6,10 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
+import google.api_core.exceptions
 import google_crc32c
 import obstore
+from google.cloud import storage
 
 from ..errors import (
     ObjectError,
@@ -82,13 +84,14 @@ class DirectReader:
                 what=what,
                 permission="storage.objects.get",
             )
-        except AbsentError as error:
-            return self.why_absent(meta, error)
         except ObjectError as error:
             return error
 
     def _checked(self, get: Callable[[str, ObjectMeta], tuple[bytes, int | None]], key: str, meta: ObjectMeta) -> bytes:
-        body, size_now = get(key, meta)
+        try:
+            body, size_now = get(key, meta)
+        except (FileNotFoundError, google.api_core.exceptions.NotFound) as error:
+            raise self._why_absent(meta, str(error)) from error
         if size_now is not None and size_now != meta.size_bytes:
             raise self._stale(meta, f"{size_now:,} bytes")
         if len(body) != meta.size_bytes:
@@ -106,44 +109,52 @@ class DirectReader:
         blob = google_blob(self.config, self.bucket, key, meta.generation)
         return blob.download_as_bytes(retry=None, timeout=timeouts_s(self.config), checksum=None), None
 
-    def why_absent(self, meta: ObjectMeta, error: AbsentError) -> ObjectError:
-        """Tell an object that changed from one that is gone.
+    def _why_absent(self, meta: ObjectMeta, detail: str) -> ObjectError | PassingError:
+        """After a 404: whether the object is gone, was overwritten, or is there as listed, so that the 404 may pass.
 
         Raises:
             PlaceNotFoundError: the bucket itself does not exist.
+            StoreError: the bucket cannot be asked.
         """
         key = self.prefix + meta.name
+        now = self._now(key)
+        if now is None:
+            return ObjectNotFoundError(
+                f"expected the listed object gs://{self.bucket}/{key}, found that it is gone; upload it again or list "
+                f"anew"
+            )
+        if now.size == meta.size_bytes and meta.generation in (None, now.generation):
+            return PassingError("absent", f"a 404 for an object that the bucket lists ({detail})")
+        return self._stale(meta, f"{now.size:,} bytes, generation {now.generation}")
+
+    def _now(self, key: str) -> storage.Blob | None:
+        """The object as the bucket lists it now, since a 404 on its own name is what is in doubt; None if gone."""
         timeout = timeouts_s(self.config)
-        blob = call(
-            self.config,
-            lambda: google_client(self.config).bucket(self.bucket).get_blob(key, retry=None, timeout=timeout),
-            what=f"asking for gs://{self.bucket}/{key}",
-            permission="storage.objects.get",
-        )
-        if blob is not None:
-            return self._stale(meta, f"{blob.size:,} bytes, generation {blob.generation}")
         try:
-            call(
+            found = call(
                 self.config,
                 lambda: list(
-                    google_client(self.config).list_blobs(self.bucket, max_results=1, retry=None, timeout=timeout)
+                    google_client(self.config).list_blobs(
+                        self.bucket, prefix=key, max_results=1, retry=None, timeout=timeout
+                    )
                 ),
-                what=f"listing gs://{self.bucket}",
+                what=f"listing gs://{self.bucket}/{key}",
                 permission="storage.objects.list",
             )
-        except AbsentError:
+        except AbsentError as error:
             raise PlaceNotFoundError(
                 f"expected the bucket gs://{self.bucket}, found that it does not exist; check its name"
             ) from error
         except PermissionDeniedError:
-            # Reading may be allowed where listing is not; then the object is what we know to be missing.
-            return self._missing(key)
-        return self._missing(key)
-
-    def _missing(self, key: str) -> ObjectNotFoundError:
-        return ObjectNotFoundError(
-            f"expected the listed object gs://{self.bucket}/{key}, found that it is gone; upload it again or list anew"
-        )
+            # Reading may be allowed where listing is not: then the object's own metadata has to tell.
+            return call(
+                self.config,
+                lambda: google_client(self.config).bucket(self.bucket).get_blob(key, retry=None, timeout=timeout),
+                what=f"asking for gs://{self.bucket}/{key}",
+                permission="storage.objects.get",
+            )
+        # In byte order of names the object itself comes before all that its name begins.
+        return found[0] if found and found[0].name == key else None
 
     def _stale(self, meta: ObjectMeta, found: str) -> StaleManifestError:
         listed = f"{meta.size_bytes:,} bytes, generation {meta.generation or 'unknown'}"

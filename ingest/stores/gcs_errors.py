@@ -149,13 +149,13 @@ def _detail_of(error: Exception) -> str:
 def _connection_kind(error: Exception) -> str:
     text = str(error)
     if isinstance(error, requests.exceptions.ChunkedEncodingError | urllib3.exceptions.IncompleteRead):
-        return "truncated"
+        return "cut"
     if isinstance(error, obstore.exceptions.BaseError):
         if "kind: Timeout" in text or "TimedOut" in text:
             return "timeout"
         if any(sign in text for sign in ("ConnectionRefused", "dns error", "HostUnreachable")):
             return "refused"
-        return "truncated" if "kind: Body" in text or "kind: Decode" in text else "reset"
+        return "cut" if "kind: Body" in text or "kind: Decode" in text else "reset"
     refused = ("Connection refused", "NameResolutionError", "Name or service not known", "No route to host")
     if any(sign in text for sign in refused):
         return "refused"

@@ -28,7 +28,8 @@ class PassingError(Exception):
     """A failure that may pass by trying again; never leaves the stores.
 
     Attributes:
-        kind: ``refused``, ``reset``, ``timeout``, ``truncated``, ``checksum`` or ``status-NNN``.
+        kind: ``refused``, ``reset``, ``timeout``, ``cut`` (the connection ended within a body), ``truncated`` (a whole
+            answer of the wrong length), ``checksum``, ``absent`` (a 404 for what is there) or ``status-NNN``.
         detail: what the server or library said.
         retry_after_s: the wait the server asked for, None where it said nothing.
     """
