@@ -91,7 +91,7 @@ class DirectReader:
         try:
             body, size_now = get(key, meta)
         except (FileNotFoundError, google.api_core.exceptions.NotFound) as error:
-            raise self._why_absent(meta, str(error)) from error
+            raise self._why_absent(meta, str(error).partition("\n")[0]) from error
         if size_now is not None and size_now != meta.size_bytes:
             raise self._stale(meta, f"{size_now:,} bytes")
         if len(body) != meta.size_bytes:

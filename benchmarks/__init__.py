@@ -1,0 +1,1 @@
+"""Measures voxflux and its peers: `python -m benchmarks`."""

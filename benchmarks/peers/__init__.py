@@ -1,0 +1,1 @@
+"""What voxflux is measured against: each peer reads the same pairs and applies the same transforms."""

@@ -1,0 +1,93 @@
+"""What every benchmark leaves: a table, a JSON file of `meta` and `rows`, and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+RESULTS_DIR = Path(__file__).parent / "results"
+_PACKAGES = ("ray", "torch", "numpy", "pyarrow", "obstore", "google-cloud-storage", "gcs-torch-dataflux")
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """One benchmark's outcome.
+
+    Attributes:
+        name: of the benchmark; its files are called so.
+        rows: what was measured, one dict a line, with units in the names of fields.
+        meta: where, when, how and with what.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    meta: Mapping[str, Any]
+
+    def save(self, path: Path | None, draw: Callable[[Axes], None]) -> tuple[Path, Path]:
+        """Write the JSON and, beside it, the picture.
+
+        Args:
+            path: of the JSON; None is `benchmarks/results/NAME.json`.
+            draw: draws the rows.
+
+        Returns:
+            The two files.
+        """
+        path = path or RESULTS_DIR / f"{self.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"meta": self.meta, "rows": list(self.rows)}, indent=1) + "\n")
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        draw(figure.add_subplot())
+        picture = path.with_suffix(".png")
+        figure.savefig(picture, dpi=120)
+        return path, picture
+
+    def print(self, console: Console, fields: Mapping[str, str]) -> None:
+        """Print the rows as a table.
+
+        Args:
+            console: where.
+            fields: of the rows, each with its format, as ``{"samples_per_s": "{:,.0f}"}``; what a row lacks is a dash.
+        """
+        table = Table(title=self.name)
+        for field in fields:
+            table.add_column(field, justify="right")
+        for row in self.rows:
+            cells = ("-" if row.get(field) is None else form.format(row[field]) for field, form in fields.items())
+            table.add_row(*cells)
+        console.print(table)
+
+
+def meta_of(seed: int, **more: Any) -> dict[str, Any]:
+    """What a reader needs to judge and repeat a measurement: versions, machine, seed, command, date, and `more`."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "seed": seed,
+        "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
+        "load_before": os.getloadavg()[0],
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        **more,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and the range of repeated measurements."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
