@@ -10,6 +10,7 @@ import posixpath
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -22,6 +23,7 @@ from .stores.base import ObjectMeta, StoreConfig, open_store
 
 FORMAT = "voxflux-manifest"
 FORMAT_VERSION = 1
+SEAL = b"voxflux-crc32c:"
 COPY_PATTERN = r"_copy_\d{5}$"  # what `python -m ingest prepare --copies` adds to a case's key
 
 SCHEMA = pa.schema(
@@ -90,7 +92,7 @@ class Manifest:
         return self.table.take(pa.array(indices)).combine_chunks()
 
     def to_bytes(self) -> bytes:
-        """As a Parquet file."""
+        """As a Parquet file with a seal."""
         about = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -99,15 +101,16 @@ class Manifest:
         }
         sink = io.BytesIO()
         pq.write_table(self.table.replace_schema_metadata({FORMAT: json.dumps(about)}), sink, compression="zstd")
-        return sink.getvalue()
+        return seal(sink.getvalue())
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "manifest") -> Manifest:
         """Read what `to_bytes` made.
 
         Raises:
-            ManifestError: the bytes are no manifest of this version, or a row of it cannot be right.
+            ManifestError: the bytes are no manifest of this version, or damaged, or a row of it cannot be right.
         """
+        _check_seal(data, name)
         try:
             table = pq.read_table(pa.BufferReader(data))
             about = json.loads((table.schema.metadata or {})[FORMAT.encode()])
@@ -129,7 +132,7 @@ class Manifest:
             table.validate(full=True)
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise ManifestError(
-                f"{name}: expected the columns {SCHEMA.names}, found {table.schema.names} ({error}); make it anew"
+                f"{name}: expected the columns {SCHEMA.names}, found otherwise ({error}); make it anew"
             ) from error
         table = table.replace_schema_metadata(None).combine_chunks()
         _check_rows(table, name)
@@ -162,6 +165,33 @@ class Manifest:
         except StoreError as error:
             raise ManifestError(f"{uri}: the manifest cannot be read: {error}") from error
         return cls.from_bytes(data, name=uri)
+
+
+def seal(parquet: bytes) -> bytes:
+    """The same Parquet file with a checksum of all the rest of it just before its footer.
+
+    Readers of Parquet go by the offsets that the footer names, so they pass over it
+    (https://parquet.apache.org/docs/file-format/). Without it a flipped bit could be read as another size or name, or
+    make the reader of a page take gigabytes.
+    """
+    at = _footer_start(parquet)
+    return parquet[:at] + SEAL + google_crc32c.value(parquet).to_bytes(4, "big") + parquet[at:]
+
+
+def _footer_start(data: bytes) -> int:
+    return max(0, len(data) - 8 - int.from_bytes(data[-8:-4], "little"))
+
+
+def _check_seal(data: bytes, name: str) -> None:
+    at = _footer_start(data)
+    start = at - len(SEAL) - 4
+    if data[-4:] != b"PAR1" or start < 0 or data[start : at - 4] != SEAL:
+        raise ManifestError(
+            f"{name}: expected a Parquet file that voxflux saved, found something else; make it anew by leaving "
+            "--data.manifest out once, or check its URI"
+        )
+    if google_crc32c.value(data[:start] + data[at:]) != int.from_bytes(data[at - 4 : at], "big"):
+        raise ManifestError(f"{name}: expected the checksum that it was saved with, found another; make it anew")
 
 
 def cases_of(rows: pa.Table) -> list[Case]:

@@ -80,6 +80,7 @@ def write(
         "model": network.state_dict(),
         "optimizer": optimizer.state_dict(),
         "torch_random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "recipe": recipe_json,
     }
     torch.save(state, folder / STATE_FILE)

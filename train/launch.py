@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import threading
+import uuid
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ import ray.train
 import ray.train.torch
 from rich.console import Console
 
+from ingest.clean import sweep_run
 from ingest.cluster import connected_ray
 from ingest.errors import ConfigError, PlaceNotFoundError
 from ingest.index import index_cases
@@ -33,7 +35,7 @@ from .config import Recipe, from_json
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .report import epoch_table, plot_curves
-from .stop import in_thread, make_flag, on_signals
+from .stop import given_up, in_thread, make_flag, on_signals
 from .validate import Holdout
 
 RECIPE_FILE = "recipe.json"
@@ -74,9 +76,15 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
         recipe = stack.enter_context(data_of(recipe, console))
+        composed: list[str] = []
+        store = dataclasses.replace(recipe.data.store, run_id=recipe.data.store.run_id or uuid.uuid4().hex)
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, store=store))
+        stack.callback(lambda: sweep_run(composed, store.run_id, store))  # after Ray's processes have ended
         stack.enter_context(connected_ray())
         use_gpu = preflight.check_cluster(recipe)
         manifest, recipe = open_data(recipe, f"{run_dir}/{MANIFEST_FILE}" if resumed else None, console)
+        if recipe.data.store.transport == "compose":
+            composed += [recipe.data.images, recipe.data.labels]
         train, held_out = split_holdout(recipe.data.seed, manifest.subjects(), recipe.data.holdout_fraction)
         preflight.check_amount(recipe, len(train), len(held_out))
         preflight.check_smallest(recipe, manifest)
@@ -179,7 +187,13 @@ def emulated_filesystem(run_dir: str) -> pyarrow.fs.FileSystem | None:
 
 
 def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
-    """The training data from where the run stands; Ray's controller calls it at each start and restart."""
+    """The training data from where the run stands; Ray's controller calls it at each start and restart.
+
+    Raises:
+        IngestError: why the last start failed, if that does not pass by starting again: Ray then ends the run.
+    """
+    if (reason := given_up(job.stop_flag)) is not None:
+        raise reason
     trainer = job.recipe.trainer
     # Where the ranks, or the good cases, are not known beforehand, Ray's equal split cuts what ranks cannot share: to
     # cut it here too would leave out up to a step twice.

@@ -30,7 +30,7 @@ from .config import Recipe
 from .ledger import Ledger, attempt_name
 from .loss import DiceCELoss
 from .optimizer import learning_rate_at, make_optimizer, set_learning_rate
-from .stop import StopWatch
+from .stop import StopWatch, give_up
 from .unet3d import UNet3D
 from .validate import Holdout, evaluate, gather
 
@@ -91,6 +91,9 @@ def train_loop(config: dict[str, Any]) -> None:
     rank_loop = RankLoop(job)
     try:
         rank_loop.run()
+    except Exception as error:
+        give_up(job.stop_flag, error)
+        raise
     finally:
         rank_loop.close()
 
@@ -129,6 +132,8 @@ class RankLoop:
             self.network.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["torch_random"].cpu())
+            if self.device.type == "cuda" and state["cuda_random"] is not None:
+                torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
         self.step = self.position.step
         self.ledger = Ledger(
             trainer.ledger,

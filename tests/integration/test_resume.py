@@ -1,5 +1,6 @@
 """Crashes and restarts: every case of every epoch is trained on exactly once, and the weights come out the same."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -71,6 +72,20 @@ def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(pla
     assert [row["train_loss"] for row in killed.rows] == pytest.approx([row["train_loss"] for row in calm.rows])
 
 
+def test_on_two_ranks_a_kill_leaves_the_loss_curve_as_it_would_have_been(places, tmp_path):
+    options = {"num_workers": 2, "epochs": 3, "evaluate_every": 0, "deterministic": True, "checkpoint_every_steps": 2}
+    calm = run(tiny(places.local, tmp_path / "calm", **options), "tiny", quiet())
+    ledger = tmp_path / "ledger"
+    killer = Killer(ledger, times=1, seed=1)
+    killer.start()
+    killed = run(tiny(places.local, tmp_path / "killed", **options, ledger=str(ledger), max_failures=3), "t", quiet())
+    assert len(killer.killed) == 1
+    assert audit(killed.run_dir).passed
+    assert [row["train_loss"] for row in killed.rows] == pytest.approx(
+        [row["train_loss"] for row in calm.rows], abs=1e-4
+    )
+
+
 def start(places, run_dir: Path, ledger: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
     arguments = [
         *("run", "kits19-small", "--data.images", f"{places.local}images", "--data.labels", f"{places.local}labels"),
@@ -122,6 +137,49 @@ def test_a_run_goes_on_with_two_then_one_then_three_ranks_over_three_processes(p
         assert epoch.tail < 12
     assert main(["audit", str(run_dir)]) == 0
     assert "lost 0, doubled 0, problems 0" in capsys.readouterr().out
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes that a process started, and those that they started."""
+    found: set[int] = set()
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, file.read_text().split()):
+                found |= {child} | descendants(child)
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    """Those of them that still run; one that waits to be reaped does not."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z":
+                found.add(pid)
+    return found
+
+
+def test_the_second_signal_ends_a_run_at_once_and_leaves_no_process_behind(places, tmp_path):
+    run_dir, ledger = tmp_path / "run", tmp_path / "ledger"
+    process = start(places, run_dir, ledger, 2, "--run-dir", str(run_dir))
+    deadline = time.monotonic() + 120
+    while steps_of(ledger) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = descendants(process.pid)
+    assert len(started) > 3
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 10
+    assert process.returncode == 130, printed
+    deadline = time.monotonic() + 10
+    while alive(started) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not alive(started)
+    assert audit(str(run_dir)).passed
 
 
 @pytest.fixture(scope="module")

@@ -87,17 +87,19 @@ def test_a_run_from_a_manifest_lists_nothing_and_trains_the_same_cases(places, t
     assert outcome.rows[0]["mean_dice"] is None
 
 
-def test_a_bad_case_ends_a_run_with_its_name_and_reason(places, tmp_path):
+def test_a_bad_case_ends_a_run_with_its_name_and_reason_and_no_start_is_wasted_on_it(places, tmp_path):
     for role in ("images", "labels"):
         source, target = open_store(f"{places.local}{role}/"), open_store(f"{tmp_path}/set/{role}/")
         for entry in source.list():
             target.put(entry.name, source.fetch([entry])[0])
     for number in range(65):
         (tmp_path / "set" / "labels" / f"case_{number:05d}_y.npy").write_bytes(b"no label at all, but long enough")
-    recipe = tiny(f"{tmp_path}/set/", tmp_path / "run", evaluate_every=0)
+    ledger = tmp_path / "ledger"
+    recipe = tiny(f"{tmp_path}/set/", tmp_path / "run", evaluate_every=0, max_failures=-1, ledger=str(ledger))
     with pytest.raises(DecodeError, match=r"case_\d+_y\.npy: expected an \.npy file") as caught:
         run(recipe, "tiny", quiet())
     assert "Traceback" not in str(caught.value)
+    assert len(list(ledger.glob("*.jsonl"))) <= 2  # of the one attempt's two ranks
 
 
 @pytest.mark.parametrize(
