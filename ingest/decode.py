@@ -203,11 +203,10 @@ def decode_case(
             "set --data.decode.num-classes or mend the label",
             "label-value",
         )
-    # A float64 sum of float32 values cannot overflow, and carries every NaN and infinity through.
-    with np.errstate(invalid="ignore"):
-        total = float(image_CDHW.sum(dtype=np.float64))
-    if not math.isfinite(total):
-        bad = int(np.count_nonzero(~np.isfinite(image_CDHW)))
+    # A sum carries every NaN and infinity through, at a third of what asking each voxel costs. It may also overflow.
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = float(np.add.reduce(image_CDHW, axis=None))
+    if not math.isfinite(total) and (bad := int(np.count_nonzero(~np.isfinite(image_CDHW)))):
         raise DecodeError(
             f"{image_name}: expected finite voxels, found {bad} that are NaN or infinite; "
             "mend the image or leave the case out",

@@ -175,7 +175,8 @@ def seal(parquet: bytes) -> bytes:
     make the reader of a page take gigabytes.
     """
     at = _footer_start(parquet)
-    return parquet[:at] + SEAL + google_crc32c.value(parquet).to_bytes(4, "big") + parquet[at:]
+    checksum = int(google_crc32c.value(parquet))
+    return parquet[:at] + SEAL + checksum.to_bytes(4, "big") + parquet[at:]
 
 
 def _footer_start(data: bytes) -> int:

@@ -24,7 +24,7 @@ from .errors import ConfigError, DecodeError
 from .fetch import FetchConfig
 from .manifest import Manifest
 from .pairing import PairingConfig
-from .plan import EpochPlan, Indices, ShardConfig, plan_epoch, split_holdout
+from .plan import EpochPlan, Indices, ShardConfig, block_batches, plan_epoch, split_holdout
 from .quarantine import BadCaseConfig, Quarantine, entry_of
 from .stores.base import StoreConfig
 
@@ -87,7 +87,9 @@ class TrainingPlan:
         resumed_epoch: the epoch that `consumed` speaks of.
         consumed: indices trained on already in that epoch.
         multiple: each epoch is cut to a multiple of this.
-        batch: cases that are handed on together.
+        batch: cases of a rank's batch.
+        ranks: that blocks are dealt to in turn; 1 where that is not known.
+        batches: of a block.
     """
 
     case_bytes: Indices
@@ -98,6 +100,8 @@ class TrainingPlan:
     consumed: Indices | None = None
     multiple: int = 1
     batch: int = 1
+    ranks: int = 1
+    batches: int = 1
 
     def __call__(self, epoch: int, left_out: Indices) -> EpochPlan:
         """The plan of one epoch without these cases."""
@@ -114,6 +118,8 @@ class TrainingPlan:
             consumed=self.consumed if epoch == self.resumed_epoch else None,
             multiple=self.multiple,
             batch=self.batch,
+            ranks=self.ranks,
+            batches=self.batches,
         )
 
 
@@ -125,13 +131,14 @@ def training_dataset(
     consumed: Indices | None = None,
     multiple: int = 1,
     batch: int = 32,
+    ranks: int = 1,
     quarantine: Quarantine | None = None,
 ) -> ray.data.Dataset:
     """The training samples: each execution of the data set is one epoch.
 
-    Blocks are of `batch` rows each. Where that is the batch size of a rank, a batch is a block: Ray deals blocks
-    out to ranks in turn, so that step s trains on the same cases whatever was read when and by whom, and a batch
-    is viewed where it lies.
+    A block is a whole number of batches, as `plan.block_batches` says. Ray deals blocks out to ranks in turn, and the
+    plan arranges them so that step s trains on the same cases whatever was read when and by whom, and that what was
+    trained on at any step is a prefix of the epoch's order. A batch is viewed where it lies.
 
     A bad case that goes into quarantine takes no other with it: its row is missing from the epoch in which it is
     found, whose later blocks in that shard are then other ones, and it is in no later epoch's plan.
@@ -142,7 +149,8 @@ def training_dataset(
         first_epoch: the epoch of the first execution.
         consumed: indices that were trained on already in the first epoch.
         multiple: each epoch is cut to a multiple of this many cases.
-        batch: rows of a block; the last one of an epoch may have fewer.
+        batch: rows of a rank's batch; the last one of an epoch may have fewer.
+        ranks: that the data set is split to, where `multiple` is a multiple of ranks times batch; else 1.
         quarantine: the run's bad cases, as `start_quarantine` gives them. Needed where `config.bad` says so.
 
     Returns:
@@ -158,6 +166,8 @@ def training_dataset(
             "found none; hand over the one of start_quarantine, or set both to fail"
         )
     candidates, _ = split_holdout(config.seed, manifest.subjects(), config.holdout_fraction)
+    batches = block_batches(len(candidates), batch, ranks, batch * sample_bytes(config), config.shards)
+    block = batch * batches
     plan = TrainingPlan(
         case_bytes=manifest.case_bytes(),
         seed=config.seed,
@@ -167,12 +177,14 @@ def training_dataset(
         consumed=consumed,
         multiple=multiple,
         batch=batch,
+        ranks=ranks,
+        batches=batches,
     )
     source = PairedVolumeDatasource(
         manifest,
         plan,
         first_epoch=first_epoch,
-        batch=batch,
+        batch=block,
         store=config.store,
         fetch=config.fetch,
         bad=config.bad,
@@ -182,7 +194,7 @@ def training_dataset(
         sample_patches,
         sampler=PatchSampler(crop=config.crop, augment=config.augment, seed=config.seed),
         decode=config.decode,
-        batch=batch,
+        batch=block,
         quarantine=quarantine if config.bad.on_bad == "quarantine" else None,
     )
     functools.update_wrapper(sample, sample_patches)
@@ -192,7 +204,7 @@ def training_dataset(
     before = context.target_max_block_size, context.execution_options
     try:
         # A data set takes a copy of the context as it stands when it is made.
-        context.target_max_block_size = block_target_bytes(config, batch, manifest.id_bytes())
+        context.target_max_block_size = block_target_bytes(config, block, manifest.id_bytes())
         context.execution_options = execution_options()
         read = ray.data.read_datasource(
             source,
@@ -218,21 +230,26 @@ def execution_options() -> ExecutionOptions:
     return ExecutionOptions(preserve_order=True)
 
 
-def block_target_bytes(config: DataConfig, batch: int, id_bytes: tuple[int, int]) -> int:
-    """The target size that makes Ray hand on blocks of exactly `batch` samples.
+def sample_bytes(config: DataConfig) -> int:
+    """Bytes of one sample's columns but for its id."""
+    tensors = math.prod(config.crop.patch) * (4 * config.decode.channels + 1)
+    return tensors + 2 * 8 + 2 * 8 + 4  # and two integers, their tensors' offsets, and the id's
+
+
+def block_target_bytes(config: DataConfig, rows: int, id_bytes: tuple[int, int]) -> int:
+    """The target size that makes Ray hand on blocks of exactly `rows` samples.
 
     Ray gathers what a task yields until it is over the target, and cuts what is over 1.5 times the target. Samples
-    have one size but for their ids, so a target between the largest batch less one sample and the smallest batch is
-    passed by a batch's last sample and by no other.
+    have one size but for their ids, so a target between the largest block less one sample and the smallest block is
+    passed by a block's last sample and by no other.
 
     Args:
         config: says how large a sample is.
-        batch: samples of a block.
+        rows: samples of a block.
         id_bytes: of the shortest and of the longest case id.
     """
-    voxels = math.prod(config.crop.patch)
-    sample_bytes = voxels * (4 * config.decode.channels + 1) + 2 * 8 + 2 * 8 + 4  # tensors, integers, offsets
-    under, over = (batch - 1) * (sample_bytes + id_bytes[1]), batch * (sample_bytes + id_bytes[0])
+    each = sample_bytes(config)
+    under, over = (rows - 1) * (each + id_bytes[1]), rows * (each + id_bytes[0])
     return max(1, (under + over) // 2 if under < over else over - 1)
 
 

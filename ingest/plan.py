@@ -61,15 +61,23 @@ def split_holdout(seed: int, subjects: Indices, fraction: float) -> tuple[Indice
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+LEAST_SHARDS = 16
+LEAST_BLOCKS = 8
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShardConfig:
-    """How large one read task is."""
+    """How large one read task is, and what it hands on at a time."""
 
-    shard_cases: int = 128
-    """Cases in one shard at the most."""
+    shard_cases: int = 384
+    """Cases in one shard at the most; a sixteenth of a smaller epoch, so that many workers have something to do."""
 
     shard_bytes: int = 64 * 2**20
     """Bytes of one shard's objects at the most; a case larger than that is a shard of its own."""
+
+    block_bytes: int = 32 * 2**20
+    """Bytes of samples that go through Ray's object store together, in whole batches: each such block costs Ray about
+    10 ms of CPU. An eighth of a smaller epoch's batches."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -103,27 +111,57 @@ class EpochPlan:
         return self.order[self.bounds[number] : self.bounds[number + 1]]
 
 
-def shard_bounds(sizes: Indices, config: ShardConfig, batch: int = 1) -> Indices:
+def shard_bounds(sizes: Indices, config: ShardConfig, unit: int = 1) -> Indices:
     """Cut a sequence of cases of these sizes (bytes) into shards: greedy, in order, none over a limit.
 
     Args:
         sizes: (n,) int64, bytes of each case.
         config: the limits.
-        batch: shards end at multiples of this many cases, so that no batch spans two of them; one batch is a
+        unit: shards end at multiples of this many cases, so that no block spans two of them; one block is a
             shard though it may be over a limit.
 
     Returns:
         (shards + 1,) int64, from 0 to len(sizes), strictly increasing.
     """
     ends = np.cumsum(sizes)
+    most = min(config.shard_cases, max(1, len(sizes) // LEAST_SHARDS))
     bounds = [0]
     while bounds[-1] < len(sizes):
         start = bounds[-1]
         before = int(ends[start - 1]) if start else 0
         by_bytes = int(np.searchsorted(ends, before + config.shard_bytes, side="right"))
-        taken = min(by_bytes - start, config.shard_cases)
-        bounds.append(min(start + max(batch, taken - taken % batch), len(sizes)))
+        taken = min(by_bytes - start, most)
+        bounds.append(min(start + max(unit, taken - taken % unit), len(sizes)))
     return np.asarray(bounds, dtype=np.int64)
+
+
+def block_batches(cases: int, batch: int, ranks: int, batch_bytes: int, config: ShardConfig) -> int:
+    """Batches of one block: as many as `block_bytes` holds, and so few that every rank gets some blocks an epoch."""
+    steps = cases // (batch * ranks)
+    return max(1, min(config.block_bytes // max(1, batch_bytes), steps // LEAST_BLOCKS))
+
+
+def in_blocks(order: Indices, batch: int, ranks: int, batches: int) -> tuple[Indices, int]:
+    """Arrange an epoch so that ranks which are dealt blocks in turn take its steps in order.
+
+    Step s is order[s * ranks * batch : (s + 1) * ranks * batch], a batch for each rank. A rank's block holds its
+    batches of some steps on end; so at each step all that was trained on is a prefix of `order`, whatever the blocks.
+
+    Args:
+        order: (n,) int64, by steps; n is a multiple of batch times ranks, unless `ranks` is 1.
+        batch: cases of a rank's batch.
+        ranks: that blocks are dealt to.
+        batches: of a block; the last block of each rank may have fewer.
+
+    Returns:
+        (n,) int64, `order` by blocks, and how many of it, from the start, are in blocks of full size.
+    """
+    if ranks == 1 or batches == 1:
+        return order, len(order) - len(order) % (batch * ranks * batches)
+    steps = order.reshape(-1, ranks, batch)
+    full = len(steps) - len(steps) % batches
+    blocks = steps[:full].reshape(-1, batches, ranks, batch).transpose(0, 2, 1, 3)
+    return np.concatenate([blocks.ravel(), steps[full:].transpose(1, 0, 2).ravel()]), full * ranks * batch
 
 
 def plan_epoch(
@@ -136,6 +174,8 @@ def plan_epoch(
     consumed: Indices | None = None,
     multiple: int = 1,
     batch: int = 1,
+    ranks: int = 1,
+    batches: int = 1,
     shuffle: bool = True,
 ) -> EpochPlan:
     """Plan one epoch.
@@ -149,7 +189,10 @@ def plan_epoch(
         consumed: indices already trained on in this epoch, left out.
         multiple: the number of cases is cut to a multiple of this (world size times batch size), from the end
             of the order: what is cut is the plan's `tail`.
-        batch: cases that are handed on together, one block of Ray's: no shard cuts one.
+        batch: cases of a rank's batch.
+        ranks: that blocks are dealt to in turn, where that is known; then `multiple` is a multiple of ranks times
+            batch.
+        batches: of a block; no shard cuts a block, and the smaller ones at the end are shards of their own.
         shuffle: False keeps the order of the manifest, as validation wants it.
     """
     total = len(case_bytes)
@@ -160,7 +203,10 @@ def plan_epoch(
         keep[candidates] = True
     if consumed is not None:
         keep[consumed] = False
-    order = order[keep[order]]
-    whole = len(order) - len(order) % multiple
-    order, tail = order[:whole], order[whole:]
-    return EpochPlan(epoch, order, shard_bounds(case_bytes[order], shards, batch), tail)
+    left = order[keep[order]]
+    whole = len(left) - len(left) % multiple
+    order, full = in_blocks(left[:whole], batch, ranks, batches)
+    bounds = shard_bounds(case_bytes[order[:full]], shards, batch * batches)
+    short = (whole - full) // ranks if ranks > 1 else whole - full
+    rest = np.arange(full + short, whole + 1, short) if short else np.zeros(0, dtype=np.int64)
+    return EpochPlan(epoch, order, np.concatenate([bounds, rest]), left[whole:])

@@ -56,6 +56,25 @@ def test_consumed_cases_and_the_tail_are_left_out_and_the_rest_keep_their_order(
     assert len(plan.tail) < multiple
 
 
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(1, 7))
+def test_blocks_dealt_out_in_turn_give_the_ranks_the_steps_of_the_order(steps, batch, ranks, batches):
+    sizes = np.ones(steps * batch * ranks, np.int64)
+    plan = plan_epoch(
+        case_bytes=sizes, seed=1, epoch=0, shards=ShardConfig(), multiple=batch * ranks, batch=batch, ranks=ranks,
+        batches=batches,
+    )  # fmt: skip
+    dealt = [[] for _ in range(ranks)]
+    blocks = 0
+    for number in range(plan.num_shards):
+        shard = plan.shard(number).tolist()
+        assert len(shard) % (batch * batches) == 0 or len(shard) < batch * batches
+        for start in range(0, len(shard), batch * batches):
+            dealt[blocks % ranks] += shard[start : start + batch * batches]
+            blocks += 1
+    trained = [index for s in range(steps) for rank in dealt for index in rank[s * batch : (s + 1) * batch]]
+    assert trained == epoch_order(1, 0, len(sizes)).tolist()
+
+
 def test_each_epoch_has_another_order_and_the_same_seed_the_same():
     first, again, next_epoch, other_seed = (epoch_order(s, e, 1000) for s, e in ((1, 0), (1, 0), (1, 1), (2, 0)))
     assert np.array_equal(first, again)
@@ -99,7 +118,7 @@ def test_a_million_cases_plan_within_a_second_or_five_and_within_a_gigabyte():
     case_bytes = np.full(1_000_000, 160_000, dtype=np.int64)
     tracemalloc.start()
     started = time.perf_counter()
-    plan = plan_epoch(case_bytes=case_bytes, seed=1, epoch=0, shards=ShardConfig(), multiple=256)
+    plan = plan_epoch(case_bytes=case_bytes, seed=1, epoch=0, shards=ShardConfig(shard_cases=128), multiple=256)
     seconds, (_, peak_bytes) = time.perf_counter() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.num_shards == -(-(1_000_000 - 1_000_000 % 256) // 128)

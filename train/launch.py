@@ -207,6 +207,7 @@ def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
         consumed=position.before.indices,
         multiple=multiple,
         batch=trainer.batch_size,
+        ranks=trainer.num_workers if known else 1,
         quarantine=job.quarantine,
     )
 

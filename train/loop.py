@@ -7,6 +7,7 @@ import dataclasses
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,16 @@ class LoopJob:
 
 
 class ToTensors(NumpyBatchCollateFn):
-    """Makes tensors of a batch's columns, without a copy where the block may be written to."""
+    """Views a batch's columns as tensors. They lie in the object store and are not to be written to."""
+
+    def __init__(self) -> None:
+        """Silence torch, which warns of memory that may not be written to; nothing of ours writes to a batch."""
+        super().__init__()
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> Any:
         """`image` (N, C, D, H, W) float32, `label` (N, 1, D, H, W) uint8, `index` and `epoch` (N,) int64."""
-        return {
-            name: torch.from_numpy(batch[name] if batch[name].flags.writeable else batch[name].copy())
-            for name in ("image", "label", "index", "epoch")
-        }
+        return {name: torch.from_numpy(batch[name]) for name in ("image", "label", "index", "epoch")}
 
 
 def train_loop(config: dict[str, Any]) -> None:

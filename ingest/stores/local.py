@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import errno
 import os
@@ -24,8 +23,6 @@ from ..errors import (
 from .base import BaseStore, Bodies, ObjectMeta, StoreConfig
 
 _TEMPORARY = ".voxflux-tmp-"
-_THREADS = 4  # page cache reads gain little from more; network file systems hide some latency
-_THREADS_FROM_BYTES = 4 * 2**20
 
 
 class LocalStore(BaseStore):
@@ -95,21 +92,22 @@ class LocalStore(BaseStore):
                     yield ObjectMeta(name, status.st_size, status.st_mtime_ns)
 
     def fetch_each(self, objects: Sequence[ObjectMeta]) -> Bodies:
-        """See `Fetches.fetch_each`."""
-        if len(objects) > 1 and sum(meta.size_bytes for meta in objects) >= _THREADS_FROM_BYTES:
-            with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-                return list(pool.map(self._fetch_one, objects))
+        """See `Fetches.fetch_each`; one after the other, since a read task has several such calls under way."""
         return [self._fetch_one(meta) for meta in objects]
 
     def _fetch_one(self, meta: ObjectMeta) -> bytes | ObjectError:
         path = self._path(meta.name)
         try:
-            with open(path, "rb") as file:  # noqa: PTH123
-                status = os.fstat(file.fileno())
+            # Without a file object: a third of what reading a small file costs.
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                status = os.fstat(handle)
                 changed = status.st_size != meta.size_bytes or (
                     meta.generation is not None and status.st_mtime_ns != meta.generation
                 )
-                body = b"" if changed else file.read()
+                body = b"" if changed else _read_whole(handle, status.st_size)
+            finally:
+                os.close(handle)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             if not Path(self.root).is_dir():
                 raise _no_folder(self.root) from None
@@ -163,6 +161,17 @@ class LocalStore(BaseStore):
                 f"empty, '.' or '..' parts"
             )
         return os.path.join(self.root, name)  # noqa: PTH118
+
+
+def _read_whole(handle: int, size_bytes: int) -> bytes:
+    """All bytes from where the file stands: one call, but where the system gives less at once (2 GB on Linux)."""
+    body = os.read(handle, size_bytes)
+    if len(body) == size_bytes:
+        return body
+    parts = [body]
+    while part := os.read(handle, size_bytes):
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

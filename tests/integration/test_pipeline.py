@@ -60,13 +60,16 @@ def test_a_bucket_gives_the_same_samples_as_local_files(places, expected, transp
 
 
 @pytest.mark.parametrize(
-    ("blocks_in_flight", "shard_cases", "shards"), [(1, 10, 7), (3, 10, 7), (3, 1, 64), (None, 64, 1)]
+    ("blocks_in_flight", "shard_cases", "batch", "shards"),
+    [(1, 10, 1, 8), (3, 10, 1, 8), (3, 1, 16, 4), (None, 64, 32, 2)],
 )
-def test_the_samples_do_not_depend_on_blocks_in_flight_or_on_shards(places, blocks_in_flight, shard_cases, shards):
+def test_the_samples_do_not_depend_on_blocks_in_flight_or_on_shards(
+    places, blocks_in_flight, shard_cases, batch, shards
+):
     config = configure(places.local, blocks_in_flight=blocks_in_flight, shard_cases=shard_cases)
-    samples = dataset(config, multiple=64, batch=1)
+    samples = dataset(config, multiple=64, batch=batch)
     assert samples.materialize().stats().count(f"{shards} tasks executed") == 1
-    assert fingerprint(config, multiple=64, batch=1) == fingerprint(configure(places.local), multiple=64)
+    assert fingerprint(config, multiple=64, batch=batch) == fingerprint(configure(places.local), multiple=64)
 
 
 def test_two_ranks_together_get_the_samples_of_one_and_equally_many(places):
@@ -131,22 +134,28 @@ def test_an_epoch_can_be_taken_up_where_it_was_left(places):
     assert np.concatenate(following).tolist() == epoch_order(7, 4, 65).tolist()
 
 
-@pytest.mark.parametrize(("batch", "shard_cases"), [(4, 65), (4, 3), (5, 20)])
-def test_a_batch_is_a_block_and_ranks_get_blocks_in_turn(places, batch, shard_cases):
+@pytest.mark.parametrize(
+    ("batch", "shard_cases", "block"), [(4, 65, 4), (4, 3, 4), (5, 20, 5), (2, 20, 4), (1, 65, 4), (1, 1, 4)]
+)
+def test_a_block_is_whole_batches_and_ranks_get_the_steps_of_the_order_in_turn(places, batch, shard_cases, block):
     config = configure(places.local, shard_cases=shard_cases)
-    splits = dataset(config, multiple=2 * batch, batch=batch).streaming_split(2, equal=True)
+    splits = dataset(config, multiple=2 * batch, batch=batch, ranks=2).streaming_split(2, equal=True)
 
     def read(split):
         return [b["index"].tolist() for b in split.iter_batches(batch_size=None, batch_format="numpy")]
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(read, splits)
+        blocks = list(pool.map(read, splits))
     order = epoch_order(7, 0, 65).tolist()
     steps = len(order) // (2 * batch)
-    assert [*zip(first, second, strict=True)] == [
+    full = steps - steps % (block // batch)
+    assert all(len(found) == block for rank in blocks for found in rank[: full * batch // block])
+    first, second = ([index for found in rank for index in found] for rank in blocks)
+    assert [(first[s * batch : (s + 1) * batch], second[s * batch : (s + 1) * batch]) for s in range(steps)] == [
         (order[2 * s * batch : (2 * s + 1) * batch], order[(2 * s + 1) * batch : (2 * s + 2) * batch])
         for s in range(steps)
     ]
+    assert len(first) == len(second) == steps * batch
 
 
 def test_an_error_of_ours_comes_out_of_ray_as_it_was_raised(places, tmp_path):

@@ -155,7 +155,7 @@ def test_ranks_get_equally_many_rows_in_the_epoch_that_finds_bad_cases_and_after
     root = copy_set(good_set, tmp_path / "set")
     manifest = listed_then_ruined(root, ISSUE)
     handle = start_quarantine(str(tmp_path / "run"), policy(), len(manifest))
-    samples = dataset(manifest, handle, multiple=2 * BATCH)
+    samples = dataset(manifest, handle, multiple=2 * BATCH, ranks=2)
     splits = samples.streaming_split(2, equal=True)
 
     def read(split) -> list[list[int]]:
@@ -168,7 +168,7 @@ def test_ranks_get_equally_many_rows_in_the_epoch_that_finds_bad_cases_and_after
     assert len(first[0]) == len(second[0]) == len(good) // 2
     assert len(set(first[0] + second[0])) == 2 * (len(good) // 2)
     assert set(first[0] + second[0]) <= set(good)
-    # From the second epoch on the plan itself is without them, and blocks are batches dealt in turn again.
+    # From the second epoch on the plan itself is without them, and the ranks get its batches in turn again.
     order = good_order(1, ISSUE)[: 995 - 995 % (2 * BATCH)]
     blocks = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     assert first[1] == [index for block in blocks[::2] for index in block]
