@@ -229,7 +229,7 @@ def digest(config: DigestConfig, console: Console) -> int:
     )
     manifest = index_cases(data.images, data.labels, data.store, data.pairing).manifest
     choice = choose_transport(manifest, data.store)
-    data = dataclasses.replace(data, store=dataclasses.replace(data.store, transport=choice.transport))
+    data = dataclasses.replace(data, store=choice.store)
     console.print(f"{len(manifest)} cases; reading by {choice.transport}: {choice.reason}")
     found: Digests = {}
     try:

@@ -35,7 +35,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         plan: Callable[[int, Indices], EpochPlan],
         *,
         first_epoch: int = 0,
-        batch: int = 1,
+        block: int = 1,
         store: StoreConfig | None = None,
         fetch: FetchConfig | None = None,
         bad: BadCaseConfig | None = None,
@@ -47,7 +47,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
             manifest: the cases.
             plan: picklable; gives the plan of an epoch without some cases.
             first_epoch: the epoch of the first execution.
-            batch: cases that are handed on together.
+            block: cases that are handed on together.
             store: how workers open the two places; its transport is resolved.
             fetch: how a read task walks through its shard.
             bad: what a read task does about a case that cannot be read.
@@ -57,7 +57,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         self._manifest = manifest
         self._plan = plan
         self._first_epoch = first_epoch
-        self._batch = batch
+        self._block = block
         self._store = store or StoreConfig()
         self._fetch = fetch or FetchConfig()
         self._bad = bad or BadCaseConfig()
@@ -92,7 +92,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
                 store=self._store,
                 fetch=self._fetch,
                 epoch=plan.epoch,
-                batch=self._batch,
+                block=self._block,
                 rows=self._manifest.take(indices),
                 indices=indices,
                 bad=self._bad,

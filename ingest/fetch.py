@@ -40,13 +40,15 @@ class FetchConfig:
     """How a read task walks through its shard."""
 
     chunk_cases: int = 32
-    """Cases that are fetched together; rounded to whole batches, of which one is the least."""
+    """Cases that are fetched together at the most."""
 
     chunk_bytes: int = 32 * 2**20
-    """Bytes of a chunk's objects at the most; one batch is a chunk though it may be larger."""
+    """Bytes of a chunk's objects at the most; one case is a chunk though it may be larger."""
 
     chunks_ahead: int = 3
-    """Chunks that are fetched while one is transformed. With `chunk_bytes` this bounds a task's memory."""
+    """Chunks that are fetched beyond the one that is waited for. With `chunk_bytes` and `--data.shards.block-bytes`
+    this bounds a task's memory. Chunks are small beside blocks, so that the first ones have the network for
+    themselves, and an epoch begins soon."""
 
     def __post_init__(self) -> None:
         for field in ("chunk_cases", "chunk_bytes"):
@@ -61,7 +63,7 @@ class ShardSpec:
     """Plain values that tell a worker what to read: pickles small, holds no client.
 
     Attributes:
-        batch: cases that are handed on together.
+        block: cases that are handed on together.
         rows: the shard's rows of the manifest, in order.
         indices: (n,) int64, their indices in the manifest.
         bad: what is done about a case whose objects cannot be read.
@@ -73,7 +75,7 @@ class ShardSpec:
     store: StoreConfig
     fetch: FetchConfig
     epoch: int
-    batch: int
+    block: int
     rows: pa.Table
     indices: Indices
     bad: BadCaseConfig = dataclasses.field(default_factory=BadCaseConfig)
@@ -87,7 +89,7 @@ def _store(uri: str, config: StoreConfig) -> Store:
 
 
 def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
-    """Yield the shard's raw objects, a batch at a time, in the order of the spec.
+    """Yield the shard's raw objects, a block at a time, in the order of the spec.
 
     A pure function of the spec and of what the store holds, so that Ray may run it again at any time. A quarantined
     case keeps its row, marked `left_out`, with as many zeros for bytes as were listed, and is not read: tables have
@@ -106,7 +108,8 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
     cases = cases_of(spec.rows)
     known = () if spec.quarantine is None else spec.quarantine.indices()
     wanted = ~np.isin(spec.indices, known)
-    chunks = _chunks(cases, spec.fetch, spec.batch)
+    chunks = _chunks(cases, spec.fetch, spec.block)
+    block: list[pa.Table] = []
     ahead = spec.fetch.chunks_ahead
     with concurrent.futures.ThreadPoolExecutor(2 * (ahead + 1), thread_name_prefix="fetch") as pool:
         pending: collections.deque[tuple[slice, tuple[concurrent.futures.Future[list[bytes | ObjectError]], ...]]] = (
@@ -130,30 +133,27 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
                 if number >= ahead:
                     chunk, (image_bodies, label_bodies) = pending.popleft()
                     bodies = iter(zip(image_bodies.result(), label_bodies.result(), strict=True))
-                    table = _table(spec, cases, chunk, [next(bodies) if want else None for want in wanted[chunk]])
-                    yield from (table.slice(start, spec.batch) for start in range(0, table.num_rows, spec.batch))
+                    block.append(_table(spec, cases, chunk, [next(bodies) if want else None for want in wanted[chunk]]))
+                    if chunk.stop % spec.block == 0 or chunk.stop == len(cases):
+                        yield pa.concat_tables(block)
+                        block = []
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _chunks(cases: Sequence[Case], config: FetchConfig, batch: int) -> list[slice]:
-    """Whole batches, as many at once as the limits allow."""
+def _chunks(cases: Sequence[Case], config: FetchConfig, block: int) -> list[slice]:
+    """As many cases at once as the limits allow, and never of two blocks."""
     chunks: list[slice] = []
-    chunk_bytes = 0
-    for start in range(0, len(cases), batch):
-        stop = min(start + batch, len(cases))
-        batch_bytes = sum(case.image.size_bytes + case.label.size_bytes for case in cases[start:stop])
-        fits = (
-            bool(chunks)
-            and stop - chunks[-1].start <= config.chunk_cases
-            and chunk_bytes + batch_bytes <= config.chunk_bytes
-        )
-        if fits:
-            chunks[-1] = slice(chunks[-1].start, stop)
-            chunk_bytes += batch_bytes
-        else:
-            chunks.append(slice(start, stop))
-            chunk_bytes = batch_bytes
+    start, chunk_bytes = 0, 0
+    for number, case in enumerate(cases):
+        case_bytes = case.image.size_bytes + case.label.size_bytes
+        full = number - start == config.chunk_cases or chunk_bytes + case_bytes > config.chunk_bytes
+        if number > start and (full or number % block == 0):
+            chunks.append(slice(start, number))
+            start, chunk_bytes = number, 0
+        chunk_bytes += case_bytes
+    if cases:
+        chunks.append(slice(start, len(cases)))
     return chunks
 
 

@@ -184,7 +184,7 @@ def training_dataset(
         manifest,
         plan,
         first_epoch=first_epoch,
-        batch=block,
+        block=block,
         store=config.store,
         fetch=config.fetch,
         bad=config.bad,

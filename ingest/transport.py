@@ -15,10 +15,15 @@ SAMPLE = 64  # cases looked at to judge the objects' sizes
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A transport and why."""
+    """A transport and why.
+
+    Attributes:
+        store: the configuration with both settled, for every worker.
+    """
 
     transport: Literal["compose", "direct"]
     reason: str
+    store: StoreConfig
 
 
 def choose_transport(manifest: Manifest, config: StoreConfig) -> Choice:
@@ -28,6 +33,7 @@ def choose_transport(manifest: Manifest, config: StoreConfig) -> Choice:
         StoreError: a place cannot be read at all.
     """
     from .stores.gcs import GCSStore
+    from .stores.gcs_probe import Settled
 
     spread = np.linspace(0, len(manifest) - 1, min(SAMPLE, len(manifest))).astype(np.int64)
     cases = cases_of(manifest.take(np.unique(spread)))
@@ -37,18 +43,18 @@ def choose_transport(manifest: Manifest, config: StoreConfig) -> Choice:
         (manifest.labels_uri, [case.label for case in cases]),
     ):
         by_place.setdefault(uri, []).extend(objects)
-    reasons: dict[str, str] = {}
+    found: list[Settled] = []
     for uri, objects in by_place.items():
         store = open_store(uri, config)
-        if not isinstance(store, GCSStore):
-            continue
-        transport, reason = store.resolve_transport(objects)
-        if transport == "direct":
-            return Choice("direct", reason)
-        reasons[uri] = reason
-    if not reasons:
-        return Choice("direct", "files are local")
-    return Choice("compose", "; ".join(dict.fromkeys(reasons.values())))
+        if isinstance(store, GCSStore):
+            found.append(store.settle(objects))
+    if not found:
+        return Choice("direct", "files are local", dataclasses.replace(config, transport="direct"))
+    # Compose only where both places allow and reward it.
+    decisive = next((settled for settled in found if settled.transport == "direct"), found[0])
+    in_flight = max(settled.max_in_flight for settled in found)
+    settled = dataclasses.replace(config, transport=decisive.transport, max_in_flight=in_flight)
+    return Choice(decisive.transport, decisive.reason, settled)
 
 
 def place_facts(uri: str, config: StoreConfig) -> list[str]:

@@ -194,13 +194,14 @@ def test_put_survives_a_lost_answer(opened: Open, proxy: FaultProxy) -> None:
 @pytest.mark.parametrize(
     ("make", "fault", "transport", "reason"),
     [
-        ([900, 900], None, "compose", "lets us compose"),
+        ([900] * 40, None, "direct", "directly with 8 in flight"),
+        ([900] * 40, Fault(kind="latency", seconds=0.1), "compose", "directly with 64 in flight"),
         ([1_500_000] * 2, None, "direct", "1.5 MB"),
         ([900], None, "direct", "fewer than two"),
         ([900, 900], Fault(kind="status", status=403, request="compose"), "direct", "storage.objects.create"),
-        ([900, 900], Fault(kind="status", status=403, request="bucket"), "compose", "storage.buckets.get"),
+        ([900] * 40, Fault(kind="latency", seconds=0.1, request="read|compose|delete"), "compose", "a GET takes 1"),
     ],
-    ids=["small", "large", "single", "compose-forbidden", "settings-forbidden"],
+    ids=["near", "far", "large", "single", "compose-forbidden", "slow-objects"],
 )
 def test_auto_settles_the_transport_and_says_why(
     gcs_server: EmbeddedServer,
@@ -221,7 +222,7 @@ def test_auto_settles_the_transport_and_says_why(
         place.write(f"{number}", b"x" * size)
     listed = list(store.list())
     proxy.faults = [fault] if fault else []
-    found, why = store.resolve_transport(listed)
+    found, why, _ = store.settle(listed)
     assert (found, reason in why) == (transport, True), why
     assert not proxy.composites_alive
     assert len(place.keys()) == len(make)
@@ -232,7 +233,7 @@ def test_auto_reads_directly_where_versioning_would_keep_composites(gcs_server: 
 
     gcs_server.create_bucket("versioned-bucket", versioning=True)
     store = GCSStore("gs://versioned-bucket")
-    transport, reason = store.resolve_transport([ObjectMeta("a", 1), ObjectMeta("b", 1)])
+    transport, reason, _ = store.settle([ObjectMeta("a", 1), ObjectMeta("b", 1)])
     assert transport == "direct"
     assert "versioning" in reason
     assert store.bucket_facts().versioning is True

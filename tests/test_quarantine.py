@@ -60,7 +60,7 @@ def shard(root, *, bad=TAKES_ALL, book=None, store=None, manifest=None, epoch=0)
         store=store,
         fetch=FetchConfig(chunk_cases=2 * BATCH, chunks_ahead=1),
         epoch=epoch,
-        batch=BATCH,
+        block=BATCH,
         rows=manifest.table,
         indices=np.arange(len(manifest), dtype=np.int64),
         bad=bad,

@@ -350,7 +350,7 @@ def resolve(data: DataConfig, manifest: Manifest, console: Console) -> DataConfi
         data,
         images=manifest.images_uri,
         labels=manifest.labels_uri,
-        store=dataclasses.replace(data.store, transport=choice.transport),
+        store=choice.store,
     )
 
 

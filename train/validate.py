@@ -118,7 +118,7 @@ def whole_cases(
         store=data.store,
         fetch=dataclasses.replace(data.fetch, chunk_cases=4, chunks_ahead=1),
         epoch=0,
-        batch=1,
+        block=1,
         rows=holdout.rows.take(wanted),
         indices=holdout.indices[wanted],
         bad=data.bad,

@@ -91,13 +91,13 @@ class StoreConfig:
 
     transport: Annotated[Transport, tyro.conf.arg(aliases=("--transport",))] = "auto"
     """GCS: `compose` (Dataflux, many small objects in one GET; needs create and delete permission),
-    `direct` (concurrent GETs), or `auto`: compose where objects are small and the bucket allows it."""
+    `direct` (concurrent GETs), or `auto`: compose where the bucket allows it and a short probe shows it faster."""
 
     project: str | None = None
     """GCS: the project for client calls; None takes the one of the credentials."""
 
-    max_in_flight: int = 32
-    """Requests in flight a process for direct reads."""
+    max_in_flight: int | None = None
+    """Requests in flight a process for direct reads; None follows the latency of the bucket, from 8 to 64."""
 
     compose_in_flight: int = 8
     """Composed reads in flight a process; each holds up to `compose_max_bytes`."""

@@ -8,11 +8,10 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 from google.cloud import storage
 
-from ..errors import ConfigError, ListingError, PermissionDeniedError, PlaceNotFoundError, StoreError
+from ..errors import ConfigError, ListingError, PermissionDeniedError, PlaceNotFoundError
 from .base import BaseStore, Bodies, ObjectMeta, StoreConfig
 from .fast_listing import fast_list_objects
 from .gcs_clients import google_blob, google_client, timeouts_s
@@ -20,15 +19,12 @@ from .gcs_compose import ComposeReader, is_composite
 from .gcs_direct import DirectReader
 from .gcs_errors import AbsentError, call
 from .gcs_listing import what_is_missing
+from .gcs_probe import Settled, settle
 
 logger = logging.getLogger(__name__)
 
-COMPOSE_BELOW_BYTES = 1_000_000
-"""Above this mean object size composing gains nothing, by Dataflux's own measurements."""
-
 _FIELDS = "items(name,size,generation,crc32c,storageClass),nextPageToken"
 
-ResolvedTransport = Literal["compose", "direct"]
 Listed = list[ObjectMeta]
 Page = tuple[Listed, str | None]
 
@@ -202,10 +198,9 @@ class GCSStore(BaseStore):
         """See `Fetches.fetch_each`. With the transport `auto` the first call of a process resolves it."""
         if not objects:
             return []
-        transport = self.config.transport
-        if transport == "auto":
-            transport = self._resolved_here(objects)
-        if transport == "compose":
+        if self.config.transport == "auto":
+            return self._settled_here(objects).fetch_each(objects)
+        if self.config.transport == "compose":
             return ComposeReader(direct=self._direct()).read_each(objects)
         return self._direct().read_each(objects)
 
@@ -255,51 +250,23 @@ class GCSStore(BaseStore):
             retention_s=int(bucket.retention_period or 0),
         )
 
-    def resolve_transport(self, objects: Sequence[ObjectMeta]) -> tuple[ResolvedTransport, str]:
-        """Choose between `compose` and `direct` for these objects, or a sample of them.
-
-        Returns:
-            The transport, and the reason in words.
+    def settle(self, objects: Sequence[ObjectMeta]) -> Settled:
+        """How to read these objects, or those that they are a sample of.
 
         Raises:
             StoreError: the bucket cannot be read at all.
         """
-        if self.config.transport != "auto":
-            return self.config.transport, "it was asked for"
-        if len(objects) < 2:
-            return "direct", "there are fewer than two objects to compose"
-        mean_bytes = sum(meta.size_bytes for meta in objects) / len(objects)
-        if mean_bytes > COMPOSE_BELOW_BYTES:
-            return "direct", f"objects are {mean_bytes / 1e6:.1f} MB in the mean, and composing gains below 1 MB only"
-        facts = self.bucket_facts()
-        kept = facts.keeps_composites()
-        if kept:
-            return "direct", kept
-        probe = sorted({meta for meta in objects if meta.size_bytes}, key=lambda meta: meta.size_bytes)[:2]
-        if len(probe) < 2:
-            return "direct", "there are fewer than two objects to compose"
-        try:
-            ComposeReader(direct=self._direct()).probe(probe)
-        except StoreError as error:
-            return "direct", f"composing two objects as a probe failed: {error}"
-        reason = f"objects are {mean_bytes / 1e3:.0f} kB in the mean, and the bucket lets us compose and delete"
-        if facts.unknown_because:
-            reason += f"; whether soft delete keeps composites is not known, since {facts.unknown_because}"
-        return "compose", reason
+        return settle(self._direct(), objects, self.bucket_facts)
 
-    def resolved(self, objects: Sequence[ObjectMeta]) -> GCSStore:
-        """This store with its transport settled, and one line in the log that says why. For the driver."""
-        transport, reason = self.resolve_transport(objects)
-        logger.info("%s is read by transport %s: %s", self.uri, transport, reason)
-        return GCSStore(self.uri, dataclasses.replace(self.config, transport=transport))
-
-    def _resolved_here(self, objects: Sequence[ObjectMeta]) -> ResolvedTransport:
+    def _settled_here(self, objects: Sequence[ObjectMeta]) -> GCSStore:
         key = (os.getpid(), self.uri, self.config)
-        with _RESOLVED_LOCK:
-            if key not in _RESOLVED:
-                _RESOLVED[key], reason = self.resolve_transport(objects)
-                logger.info("%s is read by transport %s: %s", self.uri, _RESOLVED[key], reason)
-            return _RESOLVED[key]
+        with _SETTLED_LOCK:
+            if key not in _SETTLED:
+                found = self.settle(objects)
+                logger.info("%s is read by transport %s: %s", self.uri, found.transport, found.reason)
+                config = dataclasses.replace(self.config, transport=found.transport, max_in_flight=found.max_in_flight)
+                _SETTLED[key] = GCSStore(self.uri, config)
+            return _SETTLED[key]
 
     def _direct(self) -> DirectReader:
         return DirectReader(bucket=self.bucket, prefix=self.prefix, config=self.config)
@@ -311,8 +278,8 @@ class GCSStore(BaseStore):
         )
 
 
-_RESOLVED: dict[tuple[int, str, StoreConfig], ResolvedTransport] = {}
-_RESOLVED_LOCK = threading.Lock()
+_SETTLED: dict[tuple[int, str, StoreConfig], GCSStore] = {}
+_SETTLED_LOCK = threading.Lock()
 
 
 def _is_no_data(key: str) -> bool:

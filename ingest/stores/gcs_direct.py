@@ -47,8 +47,9 @@ class DirectReader:
             return [self.read(objects[0])]
         bodies: list[bytes | ObjectError | None] = [None] * len(objects)
         positions = iter(range(len(objects)))
-        workers = min(len(objects), self.config.max_in_flight)
-        threads = pool("direct", self.config.max_in_flight)
+        in_flight = self.config.max_in_flight or 32
+        workers = min(len(objects), in_flight)
+        threads = pool("direct", in_flight)
         failed: list[StoreError] = []
 
         def work(mine: Iterator[int]) -> None:
