@@ -25,7 +25,7 @@ from .errors import (
     PlaceNotFoundError,
     StaleManifestError,
 )
-from .fault_proxy import Fault, FaultProxy
+from .fault_proxy import Fault, FaultProxy, every_fault
 from .stores.base import BaseStore, Bodies, ObjectMeta, Puts, Store, StoreConfig
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "FaultProxy",
     "LatencyStore",
     "MemoryStore",
+    "every_fault",
     "make_case",
     "make_cases",
     "npy_bytes",

@@ -80,9 +80,10 @@ class _Wait(tenacity.wait.wait_base):
 class _Stop:
     """The deadline, with shorter bounds for what does not pass by waiting."""
 
-    def __init__(self, config: StoreConfig, tries: int | None) -> None:
+    def __init__(self, config: StoreConfig, tries: int | None, before_s: float) -> None:
         self._config = config
         self._tries = tries
+        self._before_s = before_s
         self.only_refused = True
         self._corrupt = 0
 
@@ -92,21 +93,18 @@ class _Stop:
         self.only_refused = self.only_refused and kind == "refused"
         self._corrupt += kind in _CORRUPT_KINDS
         deadline_s = self._config.retry_deadline_s
+        waited_s = self._before_s + (retry_state.seconds_since_start or 0.0) + retry_state.upcoming_sleep
         if self.only_refused:
             # One call waits for the server to come up; those queued behind it need not each wait again.
             given_up_s = _GIVEN_UP_S.get(error.detail if error else "", -math.inf)
             if time.monotonic() - given_up_s < self._config.retry_refused_s:
                 return True
-            return _waited_s(retry_state) >= min(deadline_s, self._config.retry_refused_s)
+            return waited_s >= min(deadline_s, self._config.retry_refused_s)
         return (
-            _waited_s(retry_state) >= deadline_s
+            waited_s >= deadline_s
             or self._corrupt >= self._config.retry_corrupt_tries
             or (self._tries is not None and retry_state.attempt_number >= self._tries)
         )
-
-
-def _waited_s(retry_state: tenacity.RetryCallState) -> float:
-    return (retry_state.seconds_since_start or 0.0) + retry_state.upcoming_sleep
 
 
 def _error_of(retry_state: tenacity.RetryCallState) -> PassingError | None:
@@ -141,7 +139,18 @@ def with_retries(config: StoreConfig, attempt: Callable[[], T], *, what: str, tr
         RefusedError: no server took a connection.
         UnreachableError: the deadline came.
     """
-    stop = _Stop(config, tries)
+    started = time.monotonic()
+    try:
+        return attempt()  # by far most calls end here: the machinery below costs a tenth of a small read
+    except PassingError as error:
+        first = [error]
+
+    def again() -> T:
+        if first:
+            raise first.pop()
+        return attempt()
+
+    stop = _Stop(config, tries, time.monotonic() - started)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(PassingError),
         wait=_Wait(config),
@@ -150,7 +159,7 @@ def with_retries(config: StoreConfig, attempt: Callable[[], T], *, what: str, tr
         reraise=True,
     )
     try:
-        return retrying(attempt)
+        return retrying(again)
     except PassingError as error:
         count = int(retrying.statistics.get("attempt_number", 1))
         tried = f"{count} tries" if count > 1 else "1 try"
