@@ -86,59 +86,6 @@ def test_on_two_ranks_a_kill_leaves_the_loss_curve_as_it_would_have_been(places,
     )
 
 
-def start(places, run_dir: Path, ledger: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
-    arguments = [
-        *("run", "kits19-small", "--data.images", f"{places.local}images", "--data.labels", f"{places.local}labels"),
-        *("--data.crop.patch", "8", "8", "8", "--window.roi", "8", "8", "8", "--model.filters", "4", "8"),
-        *("--model.bottleneck", "8", "--data.task-cpus", "0.5", "--data.holdout-fraction", "0.15"),
-        *("--trainer.cpus-per-worker", "0.3", "--trainer.batch-size", "4", "--trainer.epochs", "60"),
-        *("--trainer.num-workers", str(ranks), "--trainer.ledger", str(ledger), "--trainer.evaluate-every", "0"),
-        *("--trainer.use-gpu", "False", "--trainer.checkpoint-every-steps", "5", *options),
-    ]
-    return subprocess.Popen([sys.executable, "-m", "train", *arguments], stdout=subprocess.PIPE, text=True)
-
-
-def steps_of(ledger: Path) -> int:
-    return sum(len(file.read_text().splitlines()) - 1 for file in ledger.glob("*rank-00000.jsonl"))
-
-
-def stop_after(process: subprocess.Popen[str], ledger: Path, steps: int, number: signal.Signals) -> tuple[int, str]:
-    deadline = time.monotonic() + 120
-    target = steps_of(ledger) + steps
-    while steps_of(ledger) < target:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    asked = time.monotonic()
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
-    assert time.monotonic() - asked < 20
-    return process.returncode, printed
-
-
-def test_a_run_goes_on_with_two_then_one_then_three_ranks_over_three_processes(places, tmp_path, capsys):
-    run_dir, ledger = tmp_path / "run", tmp_path / "ledger"
-    resume = ["--trainer.resume", str(run_dir)]
-    first = start(places, run_dir, ledger, 2, "--run-dir", str(run_dir))
-    status, printed = stop_after(first, ledger, 10, signal.SIGINT)
-    assert status == 130, printed
-    assert f"go on with --trainer.resume {run_dir}" in printed
-    status, printed = stop_after(start(places, run_dir, ledger, 1, *resume), ledger, 10, signal.SIGTERM)
-    assert status == 143, printed
-    assert "going on from checkpoint_" in printed
-    status, printed = stop_after(start(places, run_dir, ledger, 3, *resume), ledger, 10, signal.SIGINT)
-    assert status == 130, printed
-    found = audit(str(run_dir))
-    assert found.attempts == 3
-    assert found.passed, found
-    assert sum(epoch.finished for epoch in found.epochs) >= 2
-    for epoch in found.epochs[:-1]:
-        assert epoch.once + epoch.tail == epoch.cases == 55
-        assert epoch.tail < 12
-    assert main(["audit", str(run_dir)]) == 0
-    assert "lost 0, doubled 0, problems 0" in capsys.readouterr().out
-
-
 def descendants(pid: int) -> set[int]:
     """The processes that a process started, and those that they started."""
     found: set[int] = set()
@@ -159,27 +106,73 @@ def alive(pids: set[int]) -> set[int]:
     return found
 
 
-def test_the_second_signal_ends_a_run_at_once_and_leaves_no_process_behind(places, tmp_path):
-    run_dir, ledger = tmp_path / "run", tmp_path / "ledger"
-    process = start(places, run_dir, ledger, 2, "--run-dir", str(run_dir))
+def start(places, run_dir: Path, ledger: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
+    arguments = [
+        *("run", "kits19-small", "--data.images", f"{places.local}images", "--data.labels", f"{places.local}labels"),
+        *("--data.crop.patch", "8", "8", "8", "--window.roi", "8", "8", "8", "--model.filters", "4", "8"),
+        *("--model.bottleneck", "8", "--data.task-cpus", "0.5", "--data.holdout-fraction", "0.15"),
+        *("--trainer.cpus-per-worker", "0.3", "--trainer.batch-size", "4", "--trainer.epochs", "60"),
+        *("--trainer.num-workers", str(ranks), "--trainer.ledger", str(ledger), "--trainer.evaluate-every", "0"),
+        *("--trainer.use-gpu", "False", "--trainer.checkpoint-every-steps", "5", *options),
+    ]
+    return subprocess.Popen([sys.executable, "-m", "train", *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def steps_of(ledger: Path) -> int:
+    return sum(len(file.read_text().splitlines()) - 1 for file in ledger.glob("*rank-00000.jsonl"))
+
+
+def wait_for_steps(process: subprocess.Popen[str], ledger: Path, steps: int) -> None:
     deadline = time.monotonic() + 120
-    while steps_of(ledger) < 5:
+    target = steps_of(ledger) + steps
+    while steps_of(ledger) < target:
+        assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    started = descendants(process.pid)
+
+
+def stop_after(process: subprocess.Popen[str], ledger: Path, steps: int, number: signal.Signals) -> tuple[int, str]:
+    wait_for_steps(process, ledger, steps)
+    asked = time.monotonic()
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 20
+    return process.returncode, printed
+
+
+def test_a_run_goes_on_with_two_then_one_then_three_ranks_and_a_second_signal_ends_it_at_once(places, tmp_path, capsys):
+    run_dir, ledger = tmp_path / "run", tmp_path / "ledger"
+    resume = ["--trainer.resume", str(run_dir)]
+    first = start(places, run_dir, ledger, 2, "--run-dir", str(run_dir))
+    status, printed = stop_after(first, ledger, 10, signal.SIGINT)
+    assert status == 130, printed
+    assert f"go on with --trainer.resume {run_dir}" in printed
+    status, printed = stop_after(start(places, run_dir, ledger, 1, *resume), ledger, 10, signal.SIGTERM)
+    assert status == 143, printed
+    assert "going on from checkpoint_" in printed
+    third = start(places, run_dir, ledger, 3, *resume)
+    wait_for_steps(third, ledger, 10)
+    started = descendants(third.pid)
     assert len(started) > 3
     asked = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    third.send_signal(signal.SIGINT)
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    third.send_signal(signal.SIGINT)
+    printed, _ = third.communicate(timeout=60)
     assert time.monotonic() - asked < 10
-    assert process.returncode == 130, printed
-    deadline = time.monotonic() + 10
-    while alive(started) and time.monotonic() < deadline:
+    assert third.returncode == 130, printed
+    while alive(started):
+        assert time.monotonic() - asked < 20
         time.sleep(0.2)
-    assert not alive(started)
-    assert audit(str(run_dir)).passed
+    found = audit(str(run_dir))
+    assert found.attempts == 3
+    assert found.passed, found
+    assert sum(epoch.finished for epoch in found.epochs) >= 2
+    for epoch in found.epochs[:-1]:
+        assert epoch.once + epoch.tail == epoch.cases == 55
+        assert epoch.tail < 12
+    assert main(["audit", str(run_dir)]) == 0
+    assert "lost 0, doubled 0, problems 0" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
