@@ -141,27 +141,42 @@ def block_batches(cases: int, batch: int, ranks: int, batch_bytes: int, config: 
     return max(1, min(config.block_bytes // max(1, batch_bytes), steps // LEAST_BLOCKS))
 
 
-def in_blocks(order: Indices, batch: int, ranks: int, batches: int) -> tuple[Indices, int]:
+def in_blocks(order: Indices, batch: int, ranks: int, batches: int) -> tuple[Indices, list[int], int]:
     """Arrange an epoch so that ranks which are dealt blocks in turn take its steps in order.
 
     Step s is order[s * ranks * batch : (s + 1) * ranks * batch], a batch for each rank. A rank's block holds its
     batches of some steps on end; so at each step all that was trained on is a prefix of `order`, whatever the blocks.
+    The first blocks of an epoch are small, and each is twice the one before: the first step need not wait for a
+    whole block, and while the ranks train on one, the next is read.
 
     Args:
         order: (n,) int64, by steps; n is a multiple of batch times ranks, unless `ranks` is 1.
         batch: cases of a rank's batch.
         ranks: that blocks are dealt to.
-        batches: of a block; the last block of each rank may have fewer.
+        batches: of a block.
 
     Returns:
-        (n,) int64, `order` by blocks, and how many of it, from the start, are in blocks of full size.
+        (n,) int64, `order` by blocks; where each of the small blocks at its beginning ends; and where the blocks of
+        full size end. What comes after that is one smaller block a rank.
     """
-    if ranks == 1 or batches == 1:
-        return order, len(order) - len(order) % (batch * ranks * batches)
-    steps = order.reshape(-1, ranks, batch)
-    full = len(steps) - len(steps) % batches
-    blocks = steps[:full].reshape(-1, batches, ranks, batch).transpose(0, 2, 1, 3)
-    return np.concatenate([blocks.ravel(), steps[full:].transpose(1, 0, 2).ravel()]), full * ranks * batch
+    step = batch * ranks
+    steps = len(order) // step
+    parts: list[Indices] = []
+    ends: list[int] = []
+    at, size = 0, 1
+    while size < batches and steps >= LEAST_BLOCKS * batches:
+        parts.append(_dealt(order[at : at + size * step], batch, ranks, size))
+        ends += [at + (rank + 1) * size * batch for rank in range(ranks)]
+        at, size = at + size * step, 2 * size
+    full = at + (len(order) - at) // (step * batches) * (step * batches)
+    parts.append(_dealt(order[at:full], batch, ranks, batches))
+    rest = order[full:]
+    parts.append(_dealt(rest, batch, ranks, len(rest) // step) if ranks > 1 and len(rest) else rest)
+    return np.concatenate(parts), ends, full
+
+
+def _dealt(order: Indices, batch: int, ranks: int, batches: int) -> Indices:
+    return order.reshape(-1, batches, ranks, batch).transpose(0, 2, 1, 3).ravel()
 
 
 def plan_epoch(
@@ -205,8 +220,10 @@ def plan_epoch(
         keep[consumed] = False
     left = order[keep[order]]
     whole = len(left) - len(left) % multiple
-    order, full = in_blocks(left[:whole], batch, ranks, batches)
-    bounds = shard_bounds(case_bytes[order[:full]], shards, batch * batches)
-    short = (whole - full) // ranks if ranks > 1 else whole - full
+    order, small, full = in_blocks(left[:whole], batch, ranks, batches)
+    lead = small[-1] if small else 0
+    bounds = lead + shard_bounds(case_bytes[order[lead:full]], shards, batch * batches)
+    short = (whole - full) // ranks
     rest = np.arange(full + short, whole + 1, short) if short else np.zeros(0, dtype=np.int64)
-    return EpochPlan(epoch, order, np.concatenate([bounds, rest]), left[whole:])
+    bounds = np.concatenate([np.asarray([0, *small[:-1]] if small else [], dtype=np.int64), bounds, rest])
+    return EpochPlan(epoch, order, bounds, left[whole:])
