@@ -15,6 +15,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 
@@ -104,7 +105,8 @@ def delayed(url: str, latency_ms: float) -> Iterator[tuple[str, int | None]]:
         return
     parts = urlsplit(url)
     command = [sys.executable, "-m", "benchmarks.latency", str(parts.hostname), str(parts.port), str(latency_ms)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    root = Path(__file__).resolve().parents[1]  # wherever we are called from
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) as process:
         try:
             assert process.stdout is not None
             port = int(process.stdout.readline())

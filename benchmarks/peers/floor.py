@@ -1,0 +1,83 @@
+"""What cannot be beaten: the bytes by the fastest client with nothing else, and the transforms on arrays in memory.
+
+`local-loop` is the plainest loop over local files: `np.load` and the transforms, in one process.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import obstore
+import torch
+
+from ingest.augment import PatchSampler
+from ingest.stores import open_store
+
+from .torch_obstore import client_of
+from .work import Epoch, Tensors, Work, bucket_and_prefix
+
+
+@contextlib.contextmanager
+def opened(work: Work) -> Iterator[Epoch]:
+    """A thread pool of GETs whose bytes are dropped; then the transforms of one pair in memory, again and again."""
+    names = work.names()
+    wanted = [
+        (client_of(bucket_and_prefix(uri)[0]), [bucket_and_prefix(uri)[1] + name for name in part])
+        for uri, part in zip((work.images, work.labels), names, strict=True)
+    ]
+    store = [open_store(uri) for uri in (work.images, work.labels)]
+    # 64 pairs in memory, so that caches are no warmer than they are with real ones.
+    bodies = [part.fetch([meta for meta, _ in zip(part.list(), range(64), strict=False)]) for part in store]
+    arrays = [[_array_of(body) for body in part] for part in bodies]
+
+    def epoch(limit: int | None) -> Iterator[Tensors]:
+        order = work.order(len(names[0]), limit)
+        with concurrent.futures.ThreadPoolExecutor(work.in_flight) as pool:
+            each = [(client, part[index]) for index in order for client, part in wanted]
+            for _ in pool.map(lambda item: len(obstore.get(*item).bytes()), each):
+                pass
+        pairs = [(arrays[0][index % 64], arrays[1][index % 64]) for index in order]
+        yield from _batches(work, order, pairs)
+
+    yield epoch
+
+
+@contextlib.contextmanager
+def opened_local(work: Work) -> Iterator[Epoch]:
+    """`np.load` of both files of each pair."""
+    names = work.names()
+
+    def epoch(limit: int | None) -> Iterator[Tensors]:
+        order = work.order(len(names[0]), limit)
+        for start in range(0, len(order), work.batch):
+            some = order[start : start + work.batch]
+            pairs = [
+                (np.load(Path(work.images) / names[0][index]), np.load(Path(work.labels) / names[1][index]))
+                for index in some
+            ]
+            yield from _batches(work, some, pairs)
+
+    yield epoch
+
+
+def _array_of(body: bytes) -> np.ndarray:
+    import io
+
+    array: np.ndarray = np.load(io.BytesIO(body))
+    return array
+
+
+def _batches(work: Work, order: list[int], pairs: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[Tensors]:
+    sampler = PatchSampler(crop=work.crop(), augment=work.augment(), seed=work.seed)
+    for start in range(0, len(order), work.batch):
+        some = order[start : start + work.batch]
+        image_NCDHW = np.empty((len(some), 1, *work.patch), dtype=np.float32)
+        label_N1DHW = np.empty((len(some), 1, *work.patch), dtype=np.uint8)
+        for row, index in enumerate(some):
+            image, label = pairs[start + row]
+            sampler(image, label, epoch=0, index=index, out_image=image_NCDHW[row], out_label=label_N1DHW[row])
+        yield torch.from_numpy(image_NCDHW), torch.from_numpy(label_N1DHW)

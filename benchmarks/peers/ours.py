@@ -1,0 +1,50 @@
+"""voxflux, as its users have it: index, choose the transport, `training_dataset`, `iter_torch_batches`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from ingest.cluster import connected_ray
+from ingest.index import index_cases
+from ingest.manifest import Manifest
+from ingest.pipeline import DataConfig, training_dataset
+from ingest.stores.base import StoreConfig, Transport
+from ingest.transport import choose_transport
+from train.loop import ToTensors
+
+from .work import Epoch, Tensors, Work
+
+
+@contextlib.contextmanager
+def opened(work: Work, transport: Transport) -> Iterator[Epoch]:
+    """One transport of voxflux."""
+    store = StoreConfig(transport=transport)
+    manifest = index_cases(work.images, work.labels, store).manifest
+    data = DataConfig(
+        seed=work.seed,
+        holdout_fraction=0.0,
+        crop=work.crop(),
+        augment=work.augment(),
+        store=choose_transport(manifest, store).store,
+    )
+    data = dataclasses.replace(data, images=manifest.images_uri, labels=manifest.labels_uri)
+
+    with connected_ray():
+        samples = training_dataset(manifest, data, batch=work.batch)
+
+        def epoch(limit: int | None) -> Iterator[Tensors]:
+            dataset = samples
+            if limit is not None:
+                few = Manifest(manifest.take(np.arange(limit)), manifest.images_uri, manifest.labels_uri)
+                dataset = training_dataset(few, data, batch=work.batch)
+            batches = dataset.iter_torch_batches(
+                batch_size=work.batch, prefetch_batches=2, collate_fn=ToTensors(), drop_last=False
+            )
+            for batch in batches:
+                yield batch["image"], batch["label"]
+
+        yield epoch

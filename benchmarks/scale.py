@@ -1,0 +1,341 @@
+"""What more cases, shards and ranks cost: the driver's time and memory, the first batch, and CPU time a sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray.cloudpickle
+from matplotlib.axes import Axes
+from rich.console import Console
+
+from ingest.cluster import connected_ray
+from ingest.crop import CropConfig
+from ingest.datasource import PairedVolumeDatasource
+from ingest.errors import ConfigError
+from ingest.index import index_cases
+from ingest.manifest import Manifest
+from ingest.pipeline import DataConfig, TrainingPlan, sample_bytes
+from ingest.plan import Indices, ShardConfig, block_batches, split_holdout
+from ingest.transport import choose_transport
+
+from .child import in_child
+from .epochs import run_epochs
+from .place import patch_of, side_of
+from .report import Report, Row, meta_of, spread
+from .synthetic import linked_cases, synthetic_manifest
+from .tree import TreeMeter, forget_peak, peak_rss_bytes, rss_bytes
+
+T = TypeVar("T")
+
+BATCH = 32
+FLAT_WITHIN = 0.1
+
+PLAN_FIELDS = {
+    "cases": "{:,}",
+    "shards": "{:,}",
+    "load_s": "{:.2f}",
+    "holdout_s": "{:.2f}",
+    "plan_s": "{:.3f}",
+    "tasks_s": "{:.2f}",
+    "manifest_mb": "{:,.1f}",
+    "peak_mb": "{:,.1f}",
+    "tasks_mb": "{:,.1f}",
+    "source_mb": "{:,.1f}",
+}
+COST_FIELDS = {
+    "cases": "{:,}",
+    "shards": "{:,}",
+    "ranks": "{}",
+    "epochs": "{}",
+    "cpu_us_per_sample": "{:,.0f}",
+    "cpu_us_low": "{:,.0f}",
+    "cpu_us_high": "{:,.0f}",
+    "samples_per_s": "{:,.0f}",
+    "first_batch_s": "{:.2f}",
+    "next_epoch_first_batch_s": "{:.2f}",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleConfig:
+    """Measure plans of millions of cases, and what a sample costs as cases, shards and ranks grow."""
+
+    json: Path | None = None
+    """Where the JSON goes; the picture goes beside it. None is benchmarks/results/scale.json."""
+
+    seed: int = 0
+    """Of the orders, and of the made-up sizes."""
+
+    images: str = ""
+    """URI of images of yours to measure the cost of a sample on; empty takes local files that share their contents."""
+
+    labels: str = ""
+    """URI of the labels."""
+
+    pair_kb: int = 160
+    """KiB of image and label together of the local files."""
+
+    plan_cases: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
+    """Cases of the plans; their objects lie nowhere."""
+
+    cost_cases: tuple[int, ...] = (1_000, 10_000, 100_000)
+    """Cases of the data sets that are read; empty leaves that out, and then Ray is not started."""
+
+    middle_cases: int = 10_000
+    """Cases of the data set on which shards and ranks are varied."""
+
+    shard_cases: tuple[int, ...] = (32, 128)
+    """Cases of a shard, beside the default."""
+
+    ranks: tuple[int, ...] = (1, 4)
+    """Ranks, beside two."""
+
+    least_samples: int = 20_000
+    """Samples that each measurement takes at least, over as many whole epochs after a first one."""
+
+    def __post_init__(self) -> None:
+        for name in ("plan_cases", "cost_cases", "shard_cases", "ranks"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ConfigError(f"{name} must be 1 or more each; got {getattr(self, name)}")
+        if self.cost_cases and min(self.cost_cases) < BATCH * max(2, *self.ranks, 2):
+            raise ConfigError(f"cost_cases must give every rank a batch of {BATCH}; got {self.cost_cases}")
+
+
+def run(config: ScaleConfig, console: Console) -> int:
+    """Measure, print, and write the JSON and the picture."""
+    meta = meta_of(config.seed, pair_kb=config.pair_kb, batch=BATCH)
+    plans = [
+        in_child("benchmarks.scale:measure_plan", cases=cases, seed=config.seed)
+        for cases in console_track(config.plan_cases, console, "plan of {:,} cases")
+    ]
+    costs = measure_costs(config, console) if config.cost_cases else []
+    report = Report(name="scale", rows=[*plans, *costs], meta=meta | {"verdicts": verdicts(plans, costs)})
+    Report(name="scale: plans", rows=plans, meta=meta).print(console, PLAN_FIELDS)
+    if costs:
+        Report(name="scale: cost of a sample", rows=costs, meta=meta).print(console, COST_FIELDS)
+    for line in report.meta["verdicts"]:
+        console.print(line)
+    for file in report.save(config.json, lambda axes: draw(axes, costs)):
+        console.print(f"wrote {file}")
+    return 0
+
+
+def console_track(values: Sequence[T], console: Console, what: str) -> Sequence[T]:
+    """The same values, each said on the console when its turn comes."""
+
+    def tell() -> Any:
+        for value in values:
+            console.print(what.format(value), style="dim")
+            yield value
+
+    return tell()
+
+
+def measure_plan(*, cases: int, seed: int) -> dict[str, Any]:
+    """In a process of its own: what a driver does before the first object is read.
+
+    Returns:
+        Seconds for loading a manifest, splitting it, planning an epoch and making its read tasks; MB of the
+        manifest, of the most that planning held above it, and of what is pickled: all tasks, and the data source.
+    """
+    manifest = synthetic_manifest(cases, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"{folder}/manifest.parquet"
+        manifest.save(uri)
+        load_s, _ = timed(lambda: Manifest.load(uri))
+    forget_peak()
+    before_bytes = rss_bytes()
+    holdout_s, (candidates, _) = timed(lambda: split_holdout(seed, manifest.subjects(), 0.1))
+    data = DataConfig(seed=seed, crop=CropConfig(patch=(32, 32, 32)))
+    planner = planner_of(manifest, data, candidates, ranks=2)
+    plan_s, plan = timed(lambda: planner(0, np.zeros(0, dtype=np.int64)))
+    source = PairedVolumeDatasource(manifest, planner, block=BATCH * planner.batches)
+    tasks_s, tasks = timed(lambda: source.get_read_tasks(2))
+    peak_bytes = peak_rss_bytes() - before_bytes
+    assert len(tasks) == plan.num_shards
+    return {
+        "kind": "plan",
+        "cases": cases,
+        "shards": plan.num_shards,
+        "load_s": load_s,
+        "holdout_s": holdout_s,
+        "plan_s": plan_s,
+        "tasks_s": tasks_s,
+        "manifest_mb": manifest.table.nbytes / 1e6,
+        "peak_mb": peak_bytes / 1e6,
+        "tasks_mb": sum(len(ray.cloudpickle.dumps(task)) for task in tasks) / 1e6,
+        "source_mb": len(ray.cloudpickle.dumps(source)) / 1e6,
+    }
+
+
+def planner_of(manifest: Manifest, data: DataConfig, candidates: Indices, *, ranks: int) -> TrainingPlan:
+    """What plans the epochs of such a run, as `training_dataset` has it."""
+    return TrainingPlan(
+        case_bytes=manifest.case_bytes(),
+        seed=data.seed,
+        shards=data.shards,
+        candidates=candidates,
+        multiple=ranks * BATCH,
+        batch=BATCH,
+        ranks=ranks,
+        batches=block_batches(len(candidates), BATCH, ranks, BATCH * sample_bytes(data), data.shards),
+    )
+
+
+def timed(function: Callable[[], T]) -> tuple[float, T]:
+    """Seconds that a call took, and its answer."""
+    started = time.perf_counter()
+    answer = function()
+    return time.perf_counter() - started, answer
+
+
+def measure_costs(config: ScaleConfig, console: Console) -> list[Row]:
+    """One row a number of cases, then a row a size of shards and a row a number of ranks."""
+    default = ShardConfig().shard_cases
+    plans = [(cases, default, 2) for cases in config.cost_cases]
+    plans += [(config.middle_cases, shard_cases, 2) for shard_cases in config.shard_cases]
+    plans += [(config.middle_cases, default, ranks) for ranks in config.ranks]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        given = None
+        if config.images or config.labels:
+            given = index_cases(config.images, config.labels).manifest
+            plans = sorted({(min(cases, len(given)), *rest) for cases, *rest in plans})
+        for cases, shard_cases, ranks in plans:
+            console.print(f"{cases:,} cases, shards of {shard_cases}, {ranks} ranks", style="dim")
+            if given is None:
+                manifest, patch = linked_cases(cases, config.pair_kb), patch_of(side_of(config.pair_kb))
+            else:
+                manifest, patch = dataclasses.replace(given, table=given.table.slice(0, cases)), (32, 32, 32)
+            uri = f"{folder}/{cases}.parquet"
+            if not os.path.exists(uri):  # noqa: PTH110
+                manifest.save(uri)
+            rows.append(
+                in_child(
+                    "benchmarks.scale:measure_cost",
+                    manifest_uri=uri,
+                    patch=patch,
+                    shard_cases=shard_cases,
+                    ranks=ranks,
+                    epochs=1 + max(1, round(config.least_samples / cases)),
+                    seed=config.seed,
+                )
+            )
+    return rows
+
+
+def measure_cost(
+    *, manifest_uri: str, patch: Sequence[int], shard_cases: int, ranks: int, epochs: int, seed: int
+) -> dict[str, Any]:
+    """In a process of its own: epochs of a data set; the first one is cold, and its samples' cost does not count."""
+    depth, height, width = patch
+    data = DataConfig(
+        seed=seed,
+        holdout_fraction=0,
+        crop=CropConfig(patch=(depth, height, width)),
+        shards=ShardConfig(shard_cases=shard_cases),
+    )
+    with connected_ray(), TreeMeter() as meter:
+        load_s, (manifest, data) = timed(lambda: _opened(manifest_uri, data))
+        timings = run_epochs(manifest, data, ranks=ranks, batch=BATCH, epochs=epochs, meter=meter)
+    planner = planner_of(manifest, data, np.arange(len(manifest)), ranks=ranks)
+    cpu_us = spread([timing.cpu_s / timing.samples * 1e6 for timing in timings[1:]])
+    return {
+        "kind": "cost",
+        "cases": len(manifest),
+        "shards": planner(0, np.zeros(0, dtype=np.int64)).num_shards,
+        "shard_cases": shard_cases,
+        "ranks": ranks,
+        "epochs": epochs - 1,
+        "cpu_us_per_sample": cpu_us["median"],
+        "cpu_us_low": cpu_us["low"],
+        "cpu_us_high": cpu_us["high"],
+        "samples_per_s": spread([timing.samples / timing.wall_s for timing in timings[1:]])["median"],
+        "first_batch_s": load_s + timings[0].first_batch_s,
+        "next_epoch_first_batch_s": spread([timing.first_batch_s for timing in timings[1:]])["median"],
+    }
+
+
+def _opened(manifest_uri: str, data: DataConfig) -> tuple[Manifest, DataConfig]:
+    manifest = Manifest.load(manifest_uri)
+    return manifest, dataclasses.replace(data, store=choose_transport(manifest, data.store).store)
+
+
+def verdicts(plans: Sequence[Row], costs: Sequence[Row]) -> list[str]:
+    """The targets in words, each with the numbers that decide it."""
+    lines = []
+    for row in plans:
+        if row["cases"] == 1_000_000:
+            plan_s = row["holdout_s"] + row["plan_s"] + row["tasks_s"]
+            held = plan_s <= 2 and row["peak_mb"] <= 1000
+            lines.append(
+                f"plan of 1 M cases: {plan_s:.2f} s (split, order, shards, tasks) and {row['peak_mb']:,.0f} MB above "
+                f"its manifest; target 2 s and 1 GB: {_word(held)}"
+            )
+    ladder = ladder_of(costs)
+    if len(ladder) > 1:
+        per_sample = [row["cpu_us_per_sample"] for row in ladder]
+        rise = per_sample[-1] / per_sample[0] - 1
+        lines.append(
+            f"CPU a sample from {ladder[0]['cases']:,} to {ladder[-1]['cases']:,} cases: {per_sample[0]:,.0f} to "
+            f"{per_sample[-1]:,.0f} us, {rise:+.0%}; flat within {FLAT_WITHIN:.0%}: {_word(abs(rise) <= FLAT_WITHIN)}"
+        )
+    if len(ladder) > 2:
+        first, second = (marginal_us(*pair) for pair in itertools.pairwise(ladder))
+        rise = second / first - 1
+        start_s = (ladder[0]["cpu_us_per_sample"] - first) * ladder[0]["cases"] / 1e6
+        lines.append(
+            f"of which each epoch's start is about {max(0.0, start_s):.2f} s of CPU whatever its size; a further "
+            f"sample costs {first:,.0f} us up to {ladder[1]['cases']:,} cases and {second:,.0f} us above, {rise:+.0%}; "
+            f"flat within {FLAT_WITHIN:.0%}: {_word(abs(rise) <= FLAT_WITHIN)}"
+        )
+    for row in ladder[-1:]:
+        held = row["first_batch_s"] <= 3 and row["next_epoch_first_batch_s"] <= 1
+        lines.append(
+            f"first batch of {row['cases']:,} cases {row['first_batch_s']:.2f} s after Ray is up, of later epochs "
+            f"{row['next_epoch_first_batch_s']:.2f} s; target for 100,000: 3 s and 1 s: {_word(held)}"
+        )
+    return lines
+
+
+def ladder_of(costs: Sequence[Row]) -> list[Row]:
+    """The rows that differ by their cases alone, ascending."""
+    default = ShardConfig().shard_cases
+    return sorted(
+        (row for row in costs if row["shard_cases"] == default and row["ranks"] == 2), key=lambda row: row["cases"]
+    )
+
+
+def marginal_us(fewer: Mapping[str, Any], more: Mapping[str, Any]) -> float:
+    """CPU microseconds of each case that an epoch of `more` has beyond one of `fewer`."""
+    whole = [row["cpu_us_per_sample"] * row["cases"] for row in (fewer, more)]
+    return float((whole[1] - whole[0]) / (more["cases"] - fewer["cases"]))
+
+
+def _word(held: bool) -> str:
+    return "yes" if held else "no"
+
+
+def draw(axes: Axes, costs: Sequence[Row]) -> None:
+    """CPU a sample against cases, with the spread over epochs; other shards and ranks as points."""
+    ladder = ladder_of(costs)
+    for row in costs:
+        if row not in ladder:
+            label = f"{row['shard_cases']} cases a shard, {row['ranks']} ranks"
+            axes.plot(row["cases"], row["cpu_us_per_sample"], "x", label=label)
+    if ladder:
+        middle = np.array([row["cpu_us_per_sample"] for row in ladder])
+        low, high = (np.array([row[key] for row in ladder]) for key in ("cpu_us_low", "cpu_us_high"))
+        axes.errorbar([row["cases"] for row in ladder], middle, [middle - low, high - middle], marker="o", capsize=4)
+        if len(costs) > len(ladder):
+            axes.legend(fontsize="small")
+    axes.set(xscale="log", xlabel="cases", ylabel="CPU us a sample", title="What a sample costs, whole epochs")
+    axes.set_ylim(bottom=0)

@@ -1,0 +1,297 @@
+"""Samples a second, client CPU a sample, first batch and memory: voxflux's transports, the peers, and the floor."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.table import Table
+
+from ingest.errors import ConfigError
+
+from .child import in_child
+from .peers.work import Opened, Transform, Work
+from .place import Place, opened
+from .report import Report, Row, meta_of, spread
+from .tree import TreeMeter
+
+Loader = Literal[
+    "ours-auto", "ours-direct", "ours-compose", "ours-local", "reference", "reference-readonly", "ray-stock",
+    "torch-obstore", "floor", "local-loop",
+]  # fmt: skip
+LOADERS: tuple[Loader, ...] = Loader.__args__  # type: ignore[attr-defined]
+LOCAL = ("ours-local", "local-loop")
+FIELDS = {
+    "loader": "{}",
+    "latency_ms": "{:g}",
+    "pair_kb": "{}",
+    "pairs": "{:,}",
+    "samples_per_s": "{:,.0f}",
+    "samples_per_s_low": "{:,.0f}",
+    "samples_per_s_high": "{:,.0f}",
+    "mb_per_s": "{:,.1f}",
+    "client_cpu_ms_per_sample": "{:.3f}",
+    "first_batch_s": "{:.2f}",
+    "peak_rss_mb": "{:,.0f}",
+}
+IN_FLIGHT_NEAR, IN_FLIGHT_FAR = 16, 64  # what was fastest for plain obstore (FACTS section 10)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThroughputConfig:
+    """Measure how fast pairs become batches of tensors, and what that costs."""
+
+    json: Path | None = None
+    """Where the JSON goes; the picture goes beside it. None is benchmarks/results/throughput.json."""
+
+    seed: int = 0
+    """Of the orders of cases and of loaders, and of the transforms."""
+
+    images: str = ""
+    """URI of images of yours; empty takes generated pairs on the embedded server."""
+
+    labels: str = ""
+    """URI of the labels."""
+
+    pairs: int = 4800
+    """Generated pairs."""
+
+    pair_kb: tuple[int, ...] = (160,)
+    """KiB of image and label together."""
+
+    latency_ms: tuple[float, ...] = (0.0, 30.0)
+    """Put in front of every request to the embedded server."""
+
+    transform: Transform = "full"
+    """`none` decodes only, `crop` places the patch, `full` augments it."""
+
+    loaders: tuple[Loader, ...] = LOADERS
+    """What to measure."""
+
+    rounds: int = 5
+    """Each measures every loader once, in another order."""
+
+    batch: int = 32
+    """Samples of a batch."""
+
+    workers: int = 2
+    """Processes of the DataLoaders."""
+
+    seconds: float = 8.0
+    """After which a slow loader's epoch is broken off; what it gave until then counts."""
+
+    def __post_init__(self) -> None:
+        if min(self.pairs, self.rounds, self.batch, self.workers, *self.pair_kb) < 1 or self.seconds <= 0:
+            raise ConfigError(f"expected positive sizes and numbers, found {self}")
+
+
+def open_loader(name: Loader, work: Work) -> Opened:
+    """The loader of that name, ready."""
+    from .peers import floor, ours, ray_stock, reference, torch_obstore
+
+    factories: dict[Loader, Callable[[Work], Opened]] = {
+        "ours-auto": functools.partial(ours.opened, transport="auto"),
+        "ours-direct": functools.partial(ours.opened, transport="direct"),
+        "ours-compose": functools.partial(ours.opened, transport="compose"),
+        "ours-local": functools.partial(ours.opened, transport="direct"),
+        "reference": functools.partial(reference.opened, composed=True),
+        "reference-readonly": functools.partial(reference.opened, composed=False),
+        "ray-stock": ray_stock.opened,
+        "torch-obstore": torch_obstore.opened,
+        "floor": floor.opened,
+        "local-loop": floor.opened_local,
+    }
+    return factories[name](work)
+
+
+def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """One epoch of one loader, in this process, after a small one that warms it up.
+
+    What is timed runs from asking for the epoch to its last batch as tensors; processes are up by then, connections
+    open. CPU time is that of this process and all below it, between the same two instants.
+    """
+    what = Work(**{**work, "patch": tuple(work["patch"])})
+    with TreeMeter() as meter, open_loader(loader, what) as epoch:
+        for _ in epoch(16 * what.batch):
+            pass
+        settle(meter)
+        cpu_s, started = meter.cpu_s(), time.perf_counter()
+        samples, first_s, last_s = 0, 0.0, 0.0
+        with contextlib.closing(epoch(None)) as batches:  # type: ignore[type-var]
+            for image, label in batches:
+                samples += len(image)
+                last_s = time.perf_counter() - started
+                first_s = first_s or last_s
+                if tuple(image.shape[2:]) != what.patch or image.shape != label.shape:
+                    raise ConfigError(f"expected samples of {what.patch}, found {image.shape} and {label.shape}")
+                if last_s > seconds and not ray.is_initialized():  # Ray cannot be shut down in mid-epoch
+                    break
+            cpu_s = meter.cpu_s() - cpu_s
+        return {
+            "samples": samples,
+            "samples_per_s": samples / last_s,
+            "client_cpu_ms_per_sample": 1e3 * cpu_s / samples,
+            "first_batch_s": first_s,
+            "peak_rss_mb": meter.peak_rss_bytes() / 1e6,
+        }
+
+
+def settle(meter: TreeMeter, longest_s: float = 5.0) -> None:
+    """Wait until the processes that were started (Ray's agents import for seconds) use next to no CPU."""
+    deadline = time.monotonic() + longest_s
+    quiet = False
+    while not quiet and time.monotonic() < deadline:
+        before_s = meter.cpu_s()
+        time.sleep(0.5)
+        quiet = meter.cpu_s() - before_s < 0.05
+
+
+def run(config: ThroughputConfig, console: Console) -> int:
+    """Measure, print, and write the results."""
+    meta = meta_of(config.seed, transform=config.transform, batch=config.batch, rounds=config.rounds)
+    rng = random.Random(config.seed)
+    rows: list[Row] = []
+    for pair_kb in config.pair_kb:
+        for latency_ms in config.latency_ms:
+            place = opened(
+                images=config.images,
+                labels=config.labels,
+                pairs=config.pairs,
+                pair_kb=pair_kb,
+                latency_ms=latency_ms,
+            )
+            with place as where:
+                rows += _rounds(config, where, pair_kb, latency_ms, rng, console)
+    found = targets(rows)
+    report = Report(name="throughput", rows=rows, meta={**meta, "targets": found})
+    report.print(console, FIELDS)
+    table = Table("target", "wanted", "found", "held", title="Ratios of one run")
+    for target in found:
+        table.add_row(target["name"], target["wanted"], f"{target['found']:.2f}", "yes" if target["held"] else "NO")
+    console.print(table)
+    for path in report.save(config.json, lambda axes: draw(axes, rows)):
+        console.print(f"wrote {path}")
+    return 0
+
+
+def _rounds(
+    config: ThroughputConfig, place: Place, pair_kb: int, latency_ms: float, rng: random.Random, console: Console
+) -> list[Row]:
+    loaders = [name for name in config.loaders if name not in LOCAL or (place.folder and latency_ms == 0)]
+    if not place.images.startswith("gs://"):
+        loaders = [name for name in loaders if name.startswith("ours-")]
+    found: dict[Loader, list[dict[str, Any]]] = {name: [] for name in loaders}
+    for number in range(config.rounds):
+        for name in rng.sample(loaders, len(loaders)):
+            local = name in LOCAL
+            work = Work(
+                images=str(place.folder / "images") if local and place.folder else place.images,
+                labels=str(place.folder / "labels") if local and place.folder else place.labels,
+                patch=place.patch,
+                batch=config.batch,
+                transform=config.transform,
+                workers=config.workers,
+                in_flight=IN_FLIGHT_FAR if latency_ms else IN_FLIGHT_NEAR,
+                seed=config.seed + number,
+            )
+            result = in_child(
+                "benchmarks.throughput:measure",
+                place.env,
+                loader=name,
+                work=dataclasses.asdict(work),
+                seconds=config.seconds,
+            )
+            found[name].append(result)
+            console.print(
+                f"round {number + 1}, {latency_ms:g} ms, {name}: {result['samples_per_s']:,.0f} samples/s, "
+                f"{result['client_cpu_ms_per_sample']:.2f} ms of CPU a sample"
+            )
+    return [_row(name, results, pair_kb, latency_ms, config) for name, results in found.items()]
+
+
+def _row(
+    name: str, results: list[dict[str, Any]], pair_kb: int, latency_ms: float, config: ThroughputConfig
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"loader": name, "latency_ms": latency_ms, "pair_kb": pair_kb, "pairs": config.pairs}
+    for field in ("samples_per_s", "client_cpu_ms_per_sample", "first_batch_s", "peak_rss_mb"):
+        values = spread([result[field] for result in results])
+        row |= {field: values["median"], f"{field}_low": values["low"], f"{field}_high": values["high"]}
+    row["mb_per_s"] = row["samples_per_s"] * pair_kb * 1024 / 1e6
+    return row | {"transform": config.transform, "rounds": len(results)}
+
+
+def targets(rows: list[Row]) -> list[dict[str, Any]]:
+    """The ratios that the project holds itself to, of rows of one run; those whose rows are there.
+
+    Returns:
+        For each its `name`, what is `wanted`, the value `found`, and whether it is `held`.
+    """
+    small = {
+        (row["loader"], row["latency_ms"]): row for row in rows if row["pair_kb"] == min(r["pair_kb"] for r in rows)
+    }
+    found: list[dict[str, Any]] = []
+
+    def ratio(
+        name: str, field: str, ours: tuple[str, float], other: tuple[str, float], least: float, most: float
+    ) -> None:
+        if ours in small and other in small:
+            value = small[ours][field] / small[other][field]
+            wanted = f">= {least:g}" if least else f"<= {most:g}"
+            found.append({"name": name, "wanted": wanted, "found": value, "held": least <= value <= most})
+
+    speed, cpu, no_end = "samples_per_s", "client_cpu_ms_per_sample", float("inf")
+    for latency_ms in sorted({latency_ms for _, latency_ms in small if latency_ms}):
+        ours, at = ("ours-auto", latency_ms), f"samples/s at {latency_ms:g} ms, auto against"
+        ratio(f"{at} reference", speed, ours, ("reference", latency_ms), 2.5, no_end)
+        ratio(f"{at} reference without write permission", speed, ours, ("reference-readonly", latency_ms), 15, no_end)
+        ratio(f"{at} ray-stock", speed, ours, ("ray-stock", latency_ms), 5, no_end)
+        ratio(f"{at} torch-obstore", speed, ours, ("torch-obstore", latency_ms), 1.2, no_end)
+    auto, at = ("ours-auto", 0.0), "client CPU a sample at 0 ms, auto against"
+    ratio(f"{at} floor", cpu, auto, ("floor", 0.0), 0, 1.5)
+    ratio(f"{at} reference", cpu, auto, ("reference", 0.0), 0, 0.6)
+    ratio(f"{at} reference without write permission", cpu, auto, ("reference-readonly", 0.0), 0, 0.25)
+    local = small.get(("ours-local", 0.0))
+    if local:
+        per_core = 1e3 / local[cpu]
+        found.append(
+            {
+                "name": "local files, samples/s of a core's CPU",
+                "wanted": ">= 1000",
+                "found": per_core,
+                "held": per_core >= 1000,
+            }
+        )
+    if local and ("local-loop", 0.0) in small:
+        share = small["local-loop", 0.0][cpu] / local[cpu]
+        name = "local files, samples a CPU second against a np.load loop"
+        found.append({"name": name, "wanted": ">= 0.6", "found": share, "held": share >= 0.6})
+    return found
+
+
+def draw(axes: Axes, rows: list[Row]) -> None:
+    """Samples a second, a bar a loader and latency."""
+    names = list(dict.fromkeys(row["loader"] for row in rows))
+    groups = list(dict.fromkeys((row["latency_ms"], row["pair_kb"]) for row in rows))
+    height = 0.8 / len(groups)
+    for number, (latency_ms, pair_kb) in enumerate(groups):
+        some = {row["loader"]: row for row in rows if (row["latency_ms"], row["pair_kb"]) == (latency_ms, pair_kb)}
+        places = [names.index(name) + number * height for name in some]
+        values = [row["samples_per_s"] for row in some.values()]
+        spans = [
+            [abs(row["samples_per_s"] - row[f"samples_per_s_{end}"]) for row in some.values()]
+            for end in ("low", "high")
+        ]
+        axes.barh(places, values, height, xerr=spans, label=f"{latency_ms:g} ms, pairs of {pair_kb} KiB")
+    axes.set_yticks([place + height * (len(groups) - 1) / 2 for place in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.set_xlabel("samples/s, median and range of the rounds")
+    axes.legend()

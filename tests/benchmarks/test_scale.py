@@ -1,0 +1,101 @@
+"""Plans of made-up cases are real plans, and the verdicts follow from the rows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import benchmarks.synthetic
+from benchmarks.child import in_child
+from benchmarks.scale import ScaleConfig, marginal_us, measure_plan, verdicts
+from benchmarks.synthetic import LINKED_FILES, linked_cases, synthetic_manifest
+from benchmarks.tree import TreeMeter
+from ingest.errors import ConfigError, IngestError
+from ingest.manifest import Manifest, cases_of
+from ingest.plan import ShardConfig
+from ingest.stores import open_store
+
+
+def test_a_synthetic_manifest_is_one_that_loads() -> None:
+    manifest = synthetic_manifest(1000, seed=3)
+    again = Manifest.from_bytes(manifest.to_bytes())
+    assert again.table.equals(manifest.table)
+    assert len(again) == 1000
+    assert manifest.table.equals(synthetic_manifest(1000, seed=3).table)
+    assert np.all(manifest.case_bytes() > 100_000)
+
+
+def test_a_plan_of_a_thousand_cases_has_every_field() -> None:
+    row = measure_plan(cases=1000, seed=0)
+    assert row["cases"] == 1000
+    assert row["shards"] >= 1
+    for field in ("load_s", "holdout_s", "plan_s", "tasks_s", "manifest_mb", "tasks_mb", "source_mb"):
+        assert row[field] > 0
+    assert row["peak_mb"] < 500
+
+
+def test_a_child_process_answers_and_fails_loudly(capfd: pytest.CaptureFixture[str]) -> None:
+    assert in_child("builtins:dict", cases=100, name="ä") == {"cases": 100, "name": "ä"}
+    with pytest.raises(IngestError, match="divmod"):
+        in_child("builtins:divmod", x=1)
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_linked_cases_read_as_any_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.synthetic, "DATA_DIR", tmp_path)
+    manifest = linked_cases(200, pair_kb=3)
+    assert linked_cases(200, pair_kb=3).table.equals(manifest.table)
+    images, labels = open_store(manifest.images_uri), open_store(manifest.labels_uri)
+    cases = cases_of(manifest.take(np.array([5, 5 + LINKED_FILES, 199])))
+    first, same, other = images.fetch([case.image for case in cases])
+    assert first == same
+    assert first != other
+    assert len(labels.fetch([case.label for case in cases])) == 3
+    assert len(list(images.list())) == 200
+
+
+def cost(cases: int, cpu_us: float, **more: float) -> dict[str, float]:
+    return {
+        "cases": cases,
+        "cpu_us_per_sample": cpu_us,
+        "shard_cases": ShardConfig().shard_cases,
+        "ranks": 2,
+        "first_batch_s": 2.0,
+        "next_epoch_first_batch_s": 0.5,
+        **more,
+    }
+
+
+def test_flatness_is_said_of_whole_epochs_and_of_further_samples() -> None:
+    # Half a second for an epoch's start, and 1 ms a sample whatever their number.
+    rows = [cost(cases, 1000 + 0.5e6 / cases) for cases in (1000, 10_000, 100_000)]
+    assert marginal_us(rows[0], rows[1]) == pytest.approx(1000)
+    lines = verdicts([], rows)
+    assert "-33%" in lines[0]
+    assert lines[0].endswith("no")
+    assert "0.50 s of CPU" in lines[1]
+    assert lines[1].endswith("yes")
+    assert lines[2].endswith("yes")
+
+
+def test_a_plan_over_two_seconds_misses_its_target() -> None:
+    row = {"cases": 1_000_000, "holdout_s": 0.5, "plan_s": 0.1, "tasks_s": 1.5, "peak_mb": 90.0}
+    assert verdicts([row], [])[0].endswith("no")
+    assert verdicts([row | {"tasks_s": 1.0}], [])[0].endswith("yes")
+
+
+def test_the_tree_meter_counts_a_child_that_works() -> None:
+    with TreeMeter() as meter:
+        before_s = meter.cpu_s()
+        subprocess.run([sys.executable, "-c", "sum(range(30_000_000)); import time; time.sleep(0.6)"], check=True)
+        assert meter.cpu_s() - before_s > 0.1
+        assert meter.peak_rss_bytes() > 20e6
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="plan_cases"):
+        ScaleConfig(plan_cases=(0,))
