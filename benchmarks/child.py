@@ -8,24 +8,28 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ingest.errors import IngestError
 
 
-def in_child(function: str, env: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
+def in_child(
+    function: str, env: Mapping[str, str] | None = None, python: Path | None = None, **arguments: Any
+) -> dict[str, Any]:
     """Call a function in a fresh process.
 
     Args:
         function: as ``benchmarks.scale:measure_plan``; takes keywords that JSON can say, and returns such a dict.
         env: environment variables beside this process's own.
+        python: the interpreter; None is this one.
         arguments: for the function.
 
     Raises:
         IngestError: it failed; what it wrote went to our own standard error.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.child", function, json.dumps(arguments)],
+        [str(python or sys.executable), "-m", "benchmarks.child", function, json.dumps(arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env={**os.environ, **(env or {})},

@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ingest.errors import ConfigError
+from ingest.index import index_cases
 
 from .child import in_child
+from .peers import own_venv
 from .peers.work import Opened, Transform, Work
 from .place import Place, opened
 from .report import Report, Row, meta_of, spread
@@ -26,9 +28,10 @@ from .tree import TreeMeter
 
 Loader = Literal[
     "ours-auto", "ours-direct", "ours-compose", "ours-local", "reference", "reference-readonly", "ray-stock",
-    "torch-obstore", "floor", "local-loop",
+    "torch-obstore", "litdata-raw", "mosaic", "floor", "local-loop",
 ]  # fmt: skip
 LOADERS: tuple[Loader, ...] = Loader.__args__  # type: ignore[attr-defined]
+OTHER_PEERS = ("torch-obstore", "litdata-raw", "mosaic")
 LOCAL = ("ours-local", "local-loop")
 FIELDS = {
     "loader": "{}",
@@ -57,7 +60,7 @@ class ThroughputConfig:
     """Of the orders of cases and of loaders, and of the transforms."""
 
     images: str = ""
-    """URI of images of yours; empty takes generated pairs on the embedded server."""
+    """URI of images of yours, measured as they are; empty takes generated pairs on the embedded server."""
 
     labels: str = ""
     """URI of the labels."""
@@ -96,7 +99,7 @@ class ThroughputConfig:
 
 def open_loader(name: Loader, work: Work) -> Opened:
     """The loader of that name, ready."""
-    from .peers import floor, ours, ray_stock, reference, torch_obstore
+    from .peers import floor, litdata_raw, mosaic, ours, ray_stock, reference, torch_obstore
 
     factories: dict[Loader, Callable[[Work], Opened]] = {
         "ours-auto": functools.partial(ours.opened, transport="auto"),
@@ -107,6 +110,8 @@ def open_loader(name: Loader, work: Work) -> Opened:
         "reference-readonly": functools.partial(reference.opened, composed=False),
         "ray-stock": ray_stock.opened,
         "torch-obstore": torch_obstore.opened,
+        "litdata-raw": litdata_raw.opened,
+        "mosaic": mosaic.opened,
         "floor": floor.opened,
         "local-loop": floor.opened_local,
     }
@@ -136,13 +141,22 @@ def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str
                 if last_s > seconds and not ray.is_initialized():  # Ray cannot be shut down in mid-epoch
                     break
             cpu_s = meter.cpu_s() - cpu_s
+        pairs, pair_bytes = size_of(what)
         return {
+            "pairs": pairs,
+            "pair_kb": round(pair_bytes / 1024),
             "samples": samples,
             "samples_per_s": samples / last_s,
             "client_cpu_ms_per_sample": 1e3 * cpu_s / samples,
             "first_batch_s": first_s,
             "peak_rss_mb": meter.peak_rss_bytes() / 1e6,
         }
+
+
+def size_of(work: Work) -> tuple[int, float]:
+    """How many pairs there are, and the mean bytes of one."""
+    manifest = index_cases(work.images, work.labels).manifest
+    return len(manifest), float(manifest.case_bytes().mean())
 
 
 def settle(meter: TreeMeter, longest_s: float = 5.0) -> None:
@@ -160,8 +174,12 @@ def run(config: ThroughputConfig, console: Console) -> int:
     meta = meta_of(config.seed, transform=config.transform, batch=config.batch, rounds=config.rounds)
     rng = random.Random(config.seed)
     rows: list[Row] = []
-    for pair_kb in config.pair_kb:
-        for latency_ms in config.latency_ms:
+    generated = not config.images
+    for name in config.loaders:
+        if generated and name in own_venv.REQUIREMENTS:
+            own_venv.python_of(name)  # so that no installation falls into a measurement
+    for pair_kb in config.pair_kb if generated else (0,):
+        for latency_ms in config.latency_ms if generated else (0.0,):
             place = opened(
                 images=config.images,
                 labels=config.labels,
@@ -171,6 +189,11 @@ def run(config: ThroughputConfig, console: Console) -> int:
             )
             with place as where:
                 rows += _rounds(config, where, pair_kb, latency_ms, rng, console)
+    if not rows:
+        raise ConfigError(
+            f"expected loaders that can read {config.images}, found {', '.join(config.loaders)}; choose "
+            f"{', '.join(LOCAL)} for local files, and any other for gs://"
+        )
     found = targets(rows)
     report = Report(name="throughput", rows=rows, meta={**meta, "targets": found})
     report.print(console, FIELDS)
@@ -186,9 +209,12 @@ def run(config: ThroughputConfig, console: Console) -> int:
 def _rounds(
     config: ThroughputConfig, place: Place, pair_kb: int, latency_ms: float, rng: random.Random, console: Console
 ) -> list[Row]:
-    loaders = [name for name in config.loaders if name not in LOCAL or (place.folder and latency_ms == 0)]
-    if not place.images.startswith("gs://"):
-        loaders = [name for name in loaders if name.startswith("ours-")]
+    on_gs = place.images.startswith("gs://")
+    loaders = [
+        name
+        for name in config.loaders
+        if (name not in LOCAL and on_gs) or (name in LOCAL and (not on_gs or (place.folder and latency_ms == 0)))
+    ]
     found: dict[Loader, list[dict[str, Any]]] = {name: [] for name in loaders}
     for number in range(config.rounds):
         for name in rng.sample(loaders, len(loaders)):
@@ -206,6 +232,7 @@ def _rounds(
             result = in_child(
                 "benchmarks.throughput:measure",
                 place.env,
+                own_venv.python_of(name) if name in own_venv.REQUIREMENTS else None,
                 loader=name,
                 work=dataclasses.asdict(work),
                 seconds=config.seconds,
@@ -221,7 +248,13 @@ def _rounds(
 def _row(
     name: str, results: list[dict[str, Any]], pair_kb: int, latency_ms: float, config: ThroughputConfig
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"loader": name, "latency_ms": latency_ms, "pair_kb": pair_kb, "pairs": config.pairs}
+    pair_kb = pair_kb or results[0]["pair_kb"]
+    row: dict[str, Any] = {
+        "loader": name,
+        "latency_ms": latency_ms,
+        "pair_kb": pair_kb,
+        "pairs": results[0]["pairs"],
+    }
     for field in ("samples_per_s", "client_cpu_ms_per_sample", "first_batch_s", "peak_rss_mb"):
         values = spread([result[field] for result in results])
         row |= {field: values["median"], f"{field}_low": values["low"], f"{field}_high": values["high"]}
@@ -254,7 +287,10 @@ def targets(rows: list[Row]) -> list[dict[str, Any]]:
         ratio(f"{at} reference", speed, ours, ("reference", latency_ms), 2.5, no_end)
         ratio(f"{at} reference without write permission", speed, ours, ("reference-readonly", latency_ms), 15, no_end)
         ratio(f"{at} ray-stock", speed, ours, ("ray-stock", latency_ms), 5, no_end)
-        ratio(f"{at} torch-obstore", speed, ours, ("torch-obstore", latency_ms), 1.2, no_end)
+        others = [(name, at_ms) for name, at_ms in small if at_ms == latency_ms and name in OTHER_PEERS]
+        if others:
+            best = max(others, key=lambda other: small[other][speed])
+            ratio(f"{at} {best[0]}, the best other peer", speed, ours, best, 1.2, no_end)
     auto, at = ("ours-auto", 0.0), "client CPU a sample at 0 ms, auto against"
     ratio(f"{at} floor", cpu, auto, ("floor", 0.0), 0, 1.5)
     ratio(f"{at} reference", cpu, auto, ("reference", 0.0), 0, 0.6)
