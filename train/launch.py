@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import threading
 import uuid
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -32,6 +31,7 @@ from ingest.unwrap import own_error
 from . import preflight
 from .checkpoint import STATE_FILE, read_position
 from .config import Recipe, from_json
+from .follow import following
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .report import epoch_table, plot_curves
@@ -40,7 +40,6 @@ from .validate import Holdout
 
 RECIPE_FILE = "recipe.json"
 MANIFEST_FILE = "manifest.parquet"
-POLL_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,40 +351,6 @@ def resolve(data: DataConfig, manifest: Manifest, console: Console) -> DataConfi
         labels=manifest.labels_uri,
         store=choice.store,
     )
-
-
-def epoch_line(row: Row, epochs: int) -> str:
-    """One epoch in one line, as the run goes."""
-    dice = "" if row["mean_dice"] is None else f", mean Dice {row['mean_dice']:.4f}"
-    return (
-        f"epoch {row['epoch'] + 1}/{epochs}: loss {row['train_loss']:.4f}{dice}, "
-        f"{row['samples_per_s']:.1f} samples/s, stall {row['stall_share']:.1%}"
-    )
-
-
-@contextlib.contextmanager
-def following(run_dir: str, epochs: int, console: Console) -> Iterator[None]:
-    """Print a line for each epoch as its row appears."""
-    done = threading.Event()
-    shown = 0
-
-    def follow() -> None:
-        nonlocal shown
-        finished = False
-        while not finished:
-            finished = done.wait(POLL_S)
-            rows = read_metrics(run_dir)
-            for row in rows[shown:]:
-                console.print(epoch_line(row, epochs))
-            shown = len(rows)
-
-    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def draw(job: LoopJob, rows: list[Row], run_dir: str, result: ray.train.Result) -> list[str]:
