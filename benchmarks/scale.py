@@ -52,6 +52,7 @@ PLAN_FIELDS = {
 }
 COST_FIELDS = {
     "cases": "{:,}",
+    "shard_cases": "{:,}",
     "shards": "{:,}",
     "ranks": "{}",
     "epochs": "{}",
@@ -92,8 +93,8 @@ class ScaleConfig:
     middle_cases: int = 10_000
     """Cases of the data set on which shards and ranks are varied."""
 
-    shard_cases: tuple[int, ...] = (32, 128)
-    """Cases of a shard, beside the default."""
+    shard_cases: tuple[int, ...] = (192, 768)
+    """Cases of a shard, beside the default; its limit in bytes grows along."""
 
     ranks: tuple[int, ...] = (1, 4)
     """Ranks, beside two."""
@@ -241,7 +242,7 @@ def measure_cost(
         seed=seed,
         holdout_fraction=0,
         crop=CropConfig(patch=(depth, height, width)),
-        shards=ShardConfig(shard_cases=shard_cases),
+        shards=_shards_of(shard_cases),
     )
     with connected_ray(), TreeMeter() as meter:
         load_s, (manifest, data) = timed(lambda: _opened(manifest_uri, data))
@@ -262,6 +263,12 @@ def measure_cost(
         "first_batch_s": load_s + timings[0].first_batch_s,
         "next_epoch_first_batch_s": spread([timing.first_batch_s for timing in timings[1:]])["median"],
     }
+
+
+def _shards_of(shard_cases: int) -> ShardConfig:
+    default = ShardConfig()
+    shard_bytes = default.shard_bytes * max(shard_cases, default.shard_cases) // default.shard_cases
+    return ShardConfig(shard_cases=shard_cases, shard_bytes=shard_bytes)
 
 
 def _opened(manifest_uri: str, data: DataConfig) -> tuple[Manifest, DataConfig]:

@@ -184,8 +184,9 @@ def measure_pieces(
 
     volumes = decode()
     shape = (samples, data.decode.channels, *data.crop.patch)
-    image_NCDHW = np.zeros(shape, dtype=np.float32)
-    label_N1DHW = np.zeros((samples, 1, *data.crop.patch), dtype=np.uint8)
+    # Written to once, so that no piece pays for pages that are touched first.
+    image_NCDHW = np.full(shape, 1, dtype=np.float32)
+    label_N1DHW = np.full((samples, 1, *data.crop.patch), 1, dtype=np.uint8)
 
     def sample(augment: AugmentConfig) -> None:
         sampler = PatchSampler(crop=data.crop, augment=augment, seed=seed)

@@ -88,7 +88,7 @@ class Profile:
 PROFILES = {
     "demo-v100": Profile(pair_kb=160, pairs=4800, batch=32, step_s=0.21, patch=32, about="Google's demo, 8 V100"),
     "unet3d-h100": Profile(
-        pair_kb=143_555, pairs=280, batch=7, step_s=0.323, patch=128, about="MLPerf Storage unet3d, 147 MB, H100"
+        pair_kb=143_555, pairs=560, batch=7, step_s=0.323, patch=128, about="MLPerf Storage unet3d, 147 MB, H100"
     ),
 }
 
@@ -133,7 +133,7 @@ class UtilizationConfig:
     steps: int = 300
     """Steps of each rank at the least, in whole epochs and at least two of them."""
 
-    scale_down: float = 16.0
+    scale_down: float = 32.0
     """Divides the size of unet3d-h100's volumes: 147 MB at 2 x 7 / 0.323 s would be 6.4 GB/s."""
 
     cpus_per_rank: float = 0.25
@@ -246,7 +246,7 @@ def known_job(config: UtilizationConfig, name: str, console: Console) -> Row:
     with _data(config, job.pairs, round(job.pair_kb / down)) as (place, folder):
         manifest, data = _indexed(config, place, (edge, edge, edge))
         row = measure(config, manifest, data, batch=job.batch, step_s=job.step_s, folder=folder)
-    console.print(f"{name} ({job.about}), volumes a {down:g}th of the size: AU {row['au']:.1%}", style="dim")
+    console.print(f"{name} ({job.about}), volumes divided by {down:g}: AU {row['au']:.1%}", style="dim")
     return row | {"profile": name, "scale_down": down}
 
 
