@@ -61,7 +61,9 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> bool
     return True
 
 
-def test_12_000_objects_are_listed_completely_both_ways(many: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_12_000_objects_are_listed_completely_both_ways(
+    many: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", many)
     plain = list_objects(open_store("gs://many/data"))
     assert len(plain) == COUNT
@@ -69,7 +71,8 @@ def test_12_000_objects_are_listed_completely_both_ways(many: str, monkeypatch: 
     fast = list_objects(open_store("gs://many/data", config))
     assert [meta[:2] for meta in fast] == [meta[:2] for meta in plain]
     assert fast[:1000] == plain[:1000]  # what was listed plainly keeps its checksums
-    assert fast[-1].generation is None
+    # On a machine so busy that Dataflux's workers start late, it comes back short, and a plain listing takes over.
+    assert (fast[-1].generation is None) != ("a plain listing takes over" in caplog.text)
 
 
 def test_all_storage_classes_are_listed_and_counted(gcs_server: EmbeddedServer, bucket: str) -> None:
