@@ -1,12 +1,11 @@
-"""`python -m train`: run a recipe."""
+"""`python -m train`: run a recipe, and what goes with it."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import pkgutil
 import sys
 
-import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -14,17 +13,28 @@ from ingest.errors import IngestError
 
 from .recipes import RECIPES
 
-USAGE = """usage: python -m train run RECIPE [--run-dir DIR] [overrides], or run RECIPE --help
-       python -m train audit RUN_DIR [--ledger DIR]
-
-recipes:
-"""
+COMMANDS = {
+    "run": ("train.commands:run_recipe", "RECIPE [--run-dir DIR] [overrides]", "train on this machine or its cluster"),
+    "audit": ("train.commands:audit_run", "RUN_DIR [--ledger DIR]", "hold a run's ledger against its checkpoints"),
+}
+"""Name: function that takes the rest of the arguments and gives the exit status, its arguments, what it does."""
 
 
 def usage() -> str:
     """How to call it, and the recipes."""
-    width = max(map(len, RECIPES))
-    return USAGE + "\n".join(f"  {name:<{width}}  {about}" for name, (about, _) in RECIPES.items())
+    calls = {f"{name} {arguments}": about for name, (_, arguments, about) in COMMANDS.items()}
+    wide, narrow = max(map(len, calls)), max(map(len, RECIPES))
+    return "\n".join(
+        [
+            "usage: python -m train COMMAND ..., or COMMAND --help (run RECIPE --help)",
+            "",
+            "commands:",
+            *(f"  {call:<{wide}}  {about}" for call, about in calls.items()),
+            "",
+            "recipes:",
+            *(f"  {name:<{narrow}}  {about}" for name, (about, _) in RECIPES.items()),
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,67 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     command, *rest = arguments
-    if command not in ("run", "audit"):
-        print(f"expected the command run or audit, found {command!r}\n\n{usage()}", file=sys.stderr)
+    if command not in COMMANDS:
+        print(f"expected one of the commands {', '.join(COMMANDS)}; found {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        return run_recipe(rest) if command == "run" else audit_run(rest)
+        return int(pkgutil.resolve_name(COMMANDS[command][0])(rest))
     except IngestError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def run_recipe(arguments: list[str]) -> int:
-    """`python -m train run RECIPE [overrides]`."""
-    recipe = tyro.extras.overridable_config_cli(RECIPES, prog="python -m train run", args=arguments)
-    name = next(argument for argument in arguments if argument in RECIPES)
-    console = Console(soft_wrap=True)
-    from .launch import run  # Ray and torch load here, so that --help answers at once
-
-    outcome = run(recipe, name, console)
-    if outcome.signal_number is not None:
-        console.print(f"stopped and saved; go on with --trainer.resume {outcome.run_dir}")
-        return 128 + outcome.signal_number
-    scored = [row for row in outcome.rows if row["mean_dice"] is not None]
-    if scored:
-        last = scored[-1]
-        console.print(
-            f"mean Dice on {last['scored']} held-out cases after epoch {last['epoch']}: {last['mean_dice']:.4f}"
-        )
-    console.print(f"checkpoint: {outcome.checkpoint}")
-    console.print(f"metrics:    {outcome.run_dir}/metrics.json")
-    for picture in outcome.pictures:
-        console.print(f"picture:    {picture}")
-    return 0
-
-
-@dataclasses.dataclass(frozen=True)
-class AuditConfig:
-    """Hold a run's ledger against its checkpoints; exit status 1 if a case is lost or doubled."""
-
-    run_dir: tyro.conf.Positional[str]
-    """The run's folder."""
-
-    ledger: str | None = None
-    """Its ledger's folder; None takes the one that the run was started with."""
-
-
-def audit_run(arguments: list[str]) -> int:
-    """`python -m train audit RUN_DIR`."""
-    from .audit import audit, audit_table
-
-    config = tyro.cli(AuditConfig, prog="python -m train audit", args=arguments)
-    found = audit(config.run_dir, config.ledger)
-    console = Console(soft_wrap=True)
-    console.print(audit_table(found))
-    for problem in found.problems:
-        console.print(f"problem: {problem}")
-    lost, doubled = (sum(len(getattr(epoch, kind)) for epoch in found.epochs) for kind in ("never", "more"))
-    console.print(f"lost {lost}, doubled {doubled}, problems {len(found.problems)}")
-    return 0 if found.passed else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""The commands `run` and `audit`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import tyro
+from rich.console import Console
+
+from .recipes import RECIPES
+
+
+def run_recipe(arguments: list[str]) -> int:
+    """`python -m train run RECIPE [overrides]`."""
+    recipe = tyro.extras.overridable_config_cli(RECIPES, prog="python -m train run", args=arguments)
+    name = next(argument for argument in arguments if argument in RECIPES)
+    console = Console(soft_wrap=True)
+    from .launch import run  # Ray and torch load here, so that --help answers at once
+
+    outcome = run(recipe, name, console)
+    if outcome.signal_number is not None:
+        console.print(f"stopped and saved; go on with --trainer.resume {outcome.run_dir}")
+        return 128 + outcome.signal_number
+    scored = [row for row in outcome.rows if row["mean_dice"] is not None]
+    if scored:
+        last = scored[-1]
+        console.print(
+            f"mean Dice on {last['scored']} held-out cases after epoch {last['epoch']}: {last['mean_dice']:.4f}"
+        )
+    console.print(f"checkpoint: {outcome.checkpoint}")
+    console.print(f"metrics:    {outcome.run_dir}/metrics.json")
+    for picture in outcome.pictures:
+        console.print(f"picture:    {picture}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditConfig:
+    """Hold a run's ledger against its checkpoints; exit status 1 if a case is lost or doubled."""
+
+    run_dir: tyro.conf.Positional[str]
+    """The run's folder."""
+
+    ledger: str | None = None
+    """Its ledger's folder; None takes the one that the run was started with."""
+
+
+def audit_run(arguments: list[str]) -> int:
+    """`python -m train audit RUN_DIR`."""
+    from .audit import audit, audit_table
+
+    config = tyro.cli(AuditConfig, prog="python -m train audit", args=arguments)
+    found = audit(config.run_dir, config.ledger)
+    console = Console(soft_wrap=True)
+    console.print(audit_table(found))
+    for problem in found.problems:
+        console.print(f"problem: {problem}")
+    lost, doubled = (sum(len(getattr(epoch, kind)) for epoch in found.epochs) for kind in ("never", "more"))
+    console.print(f"lost {lost}, doubled {doubled}, problems {len(found.problems)}")
+    return 0 if found.passed else 1
