@@ -20,12 +20,16 @@ T = TypeVar("T")
 
 
 def _prepare(arguments: list[str], console: Console) -> int:
-    result = prepare(_parse(PrepareConfig, "prepare", arguments))
+    config = _parse(PrepareConfig, "prepare", arguments)
+    result = prepare(config)
     console.print(
         f"made {result.made} cases and {result.copied} copies, {result.already_there} were there already\n"
         f"images: {result.images_uri}\nlabels: {result.labels_uri}"
     )
-    return 0
+    if config.manifest is None:
+        return 0
+    index = commands.IndexConfig(images=result.images_uri, labels=result.labels_uri, output=config.manifest, boxes=True)
+    return commands.index(index, console)
 
 
 def _index(arguments: list[str], console: Console) -> int:

@@ -6,6 +6,7 @@ Source: mlcommons/training, retired_benchmarks/unet3d/pytorch, data_loading (FAC
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +53,9 @@ class AugmentConfig:
 NO_AUGMENTATION = AugmentConfig(flip_probability=0, brightness_probability=0, noise_probability=0)
 
 
+DRAWS = crop.DRAWS + 7  # uniform numbers that a sample takes
+
+
 class PatchParams(NamedTuple):
     """Everything that is random about one sample.
 
@@ -73,7 +77,7 @@ def draw(
     crop_config: CropConfig,
     augment_config: AugmentConfig,
     rng: np.random.Generator,
-    boxes: Boxes | None = None,
+    boxes: Callable[[], Boxes] | None = None,
 ) -> PatchParams:
     """Draw one sample's parameters: the same amount of randomness is taken whatever they come out as.
 
@@ -82,16 +86,11 @@ def draw(
         crop_config: the patch and how it is placed.
         augment_config: probabilities and ranges.
         rng: the sample's own generator.
-        boxes: the label's `foreground_boxes` where they are known already.
+        boxes: gives the label's `foreground_boxes`, where they may be known already; called only when needed.
     """
-    u = rng.random(crop.DRAWS + 7)
+    u = rng.random(DRAWS)
     d, h, w = label_1DHW.shape[1:]
-    start = crop.draw_start(
-        (d, h, w),
-        lambda: crop.foreground_boxes(label_1DHW) if boxes is None else boxes,
-        crop_config,
-        u,
-    )
+    start = crop.draw_start((d, h, w), boxes or (lambda: crop.foreground_boxes(label_1DHW)), crop_config, u)
     flip_d, flip_h, flip_w = (u[6:9] < augment_config.flip_probability).tolist()
     low, high = augment_config.brightness_range
     bright = u[9] < augment_config.brightness_probability
@@ -156,9 +155,15 @@ class PatchSampler:
         index: int,
         out_image: npt.NDArray[np.float32],
         out_label: npt.NDArray[np.uint8],
+        boxes: Callable[[], Boxes] | None = None,
     ) -> PatchParams:
-        """Write the sample of this epoch and case into the two buffers; see `apply` for shapes."""
+        """Write the sample of this epoch and case into the two buffers; see `apply` for shapes, `draw` for boxes."""
         rng = stream(self.seed, epoch, index, TRANSFORM)
-        params = draw(label_1DHW, self.crop, self.augment, rng)
+        params = draw(label_1DHW, self.crop, self.augment, rng, boxes)
         apply(image_CDHW, label_1DHW, params, rng, out_image, out_label)
         return params
+
+    def start(self, shape: Shape, boxes: Callable[[], Boxes], *, epoch: int, index: int) -> Shape:
+        """Where in a volume of this shape the same sample's patch starts: what can be told before it is read."""
+        uniforms = stream(self.seed, epoch, index, TRANSFORM).random(DRAWS)
+        return crop.draw_start(shape, boxes, self.crop, uniforms)

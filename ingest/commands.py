@@ -16,7 +16,7 @@ from .clean import sweep_run
 from .crop import CropConfig, Shape
 from .decode import DecodeConfig, LabelMap, Volume, decode_case
 from .errors import ConfigError, DecodeError
-from .index import index_cases
+from .index import index_cases, look_up_cases
 from .listing import list_objects
 from .manifest import Manifest, cases_of
 from .pairing import PairingConfig, describe_problems, join_by_key
@@ -41,6 +41,10 @@ class IndexConfig:
     output: str
     """URI to write the manifest to, e.g. gs://bucket/train.parquet."""
 
+    boxes: bool = False
+    """Whether to read every label, and keep each case's shape and foreground boxes in the manifest: so large volumes
+    are read in part from the first epoch on, and nobody searches for the foreground again."""
+
     pairing: PairingConfig = dataclasses.field(default_factory=PairingConfig)
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
 
@@ -48,9 +52,21 @@ class IndexConfig:
 def index(config: IndexConfig, console: Console) -> int:
     """Save the manifest."""
     found = index_cases(config.images, config.labels, config.store, config.pairing)
-    found.manifest.save(config.output, config.store)
+    manifest = _with_boxes(found.manifest, config.store, console) if config.boxes else found.manifest
+    manifest.save(config.output, config.store)
     console.print(f"{len(found.manifest)} cases, {len(found.problems)} objects in none; saved to {config.output}")
     return 0
+
+
+def _with_boxes(manifest: Manifest, store: StoreConfig, console: Console) -> Manifest:
+    manifest, known = look_up_cases(manifest, store)
+    found = [each for each in known if each is not None]
+    boxes = sum(len(of_class) for each in found for of_class in each.boxes)
+    console.print(
+        f"shapes and {boxes:,} foreground boxes of {len(found):,} cases; {len(known) - len(found):,} are no pair of "
+        "C-ordered .npy volumes, and are always read whole"
+    )
+    return manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +87,10 @@ class InspectConfig:
 
     picture: str = "inspect.png"
     """File to draw a few image and label overlays to."""
+
+    boxes: str | None = None
+    """URI to write a manifest to, with every case's shape and foreground boxes: every label is read for it. None
+    writes none."""
 
     pairing: PairingConfig = dataclasses.field(default_factory=PairingConfig)
     decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
@@ -111,6 +131,9 @@ def inspect(config: InspectConfig, console: Console) -> int:
         return 1
     manifest = Manifest.from_cases(pairing.cases, images_uri=images.uri, labels_uri=labels.uri)
     bad = _inspect_sample(manifest, config, console)
+    if config.boxes:
+        _with_boxes(manifest, config.store, console).save(config.boxes, config.store)
+        console.print(f"manifest: {config.boxes}")
     sizes_bytes = manifest.case_bytes()
     plan = plan_epoch(case_bytes=sizes_bytes, seed=config.seed, epoch=0, shards=config.shards)
     console.print(

@@ -196,13 +196,7 @@ def decode_case(
             "pad it, choose a smaller --data.crop.patch, or leave the case out",
             "smaller-than-patch",
         )
-    top = int(label_1DHW.max())
-    if top >= config.num_classes:
-        raise DecodeError(
-            f"{label_name}: expected label values 0 to {config.num_classes - 1}, found {top}; "
-            "set --data.decode.num-classes or mend the label",
-            "label-value",
-        )
+    check_values(label_1DHW, config, label_name)
     # A sum carries every NaN and infinity through, at a third of what asking each voxel costs. It may also overflow.
     with np.errstate(invalid="ignore", over="ignore"):
         total = float(np.add.reduce(image_CDHW, axis=None))
@@ -213,3 +207,18 @@ def decode_case(
             "non-finite",
         )
     return image_CDHW, label_1DHW
+
+
+def check_values(label_1DHW: LabelMap, config: DecodeConfig, name: str) -> None:
+    """Refuse a label with values outside the classes.
+
+    Raises:
+        DecodeError: with the reason label-value.
+    """
+    top = int(label_1DHW.max())
+    if top >= config.num_classes:
+        raise DecodeError(
+            f"{name}: expected label values 0 to {config.num_classes - 1}, found {top}; "
+            "set --data.decode.num-classes or mend the label",
+            "label-value",
+        )

@@ -7,16 +7,22 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from .decode import Buffer
 from .errors import ConfigError, ObjectError, ObjectNotFoundError, StaleManifestError
+from .layout import NAMES, Known, known_of
 from .manifest import cases_of
 from .pairing import Case
 from .plan import Indices
 from .quarantine import BadCaseConfig, Quarantine, entry_of
+from .slab import BadCase, Patch, Slabs
 from .stores.base import ObjectMeta, Store, StoreConfig, open_store
 
 logger = logging.getLogger(__name__)
@@ -31,6 +37,7 @@ RAW_SCHEMA = pa.schema(
         pa.field("image_npy", pa.large_binary(), nullable=False),
         pa.field("label_npy", pa.large_binary(), nullable=False),
         pa.field("left_out", pa.bool_(), nullable=False),
+        pa.field("boxes", pa.list_(pa.int32())),  # of the label's foreground, where the manifest tells them
     ]
 )
 
@@ -50,8 +57,18 @@ class FetchConfig:
     this bounds a task's memory. Chunks are small beside blocks, so that the first ones have the network for
     themselves, and an epoch begins soon."""
 
+    slabs: Literal["auto", "never"] = "auto"
+    """`auto` reads only the slab that holds the patch where an image is large and the patch is not as deep; `never`
+    reads all volumes whole. The samples are the same. Shapes and foreground boxes in the manifest (`python -m ingest
+    index --boxes`) spare the reads that would find them."""
+
+    slab_image_bytes: int = 8 * 2**20
+    """Images smaller than this are read whole: a request more costs as much."""
+
     def __post_init__(self) -> None:
-        for field in ("chunk_cases", "chunk_bytes"):
+        if self.slabs not in ("auto", "never"):
+            raise ConfigError(f"slabs must be auto or never; got {self.slabs!r}")
+        for field in ("chunk_cases", "chunk_bytes", "slab_image_bytes"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} must be 1 or more; got {getattr(self, field)}")
         if self.chunks_ahead < 0:
@@ -68,6 +85,7 @@ class ShardSpec:
         indices: (n,) int64, their indices in the manifest.
         bad: what is done about a case whose objects cannot be read.
         quarantine: where such cases are kept; None where none is.
+        slabs: cuts the patch out of large cases already here; None reads every case whole.
     """
 
     images_uri: str
@@ -80,6 +98,7 @@ class ShardSpec:
     indices: Indices
     bad: BadCaseConfig = dataclasses.field(default_factory=BadCaseConfig)
     quarantine: Quarantine | None = None
+    slabs: Slabs | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -96,44 +115,33 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
     the same rows and bytes whether it was found bad by this run of the task, by an earlier one, or by its decoding.
     Ray cuts blocks by their bytes, and a task that it runs again must give the same ones.
 
+    A case that `spec.slabs` takes has its patch in the place of its volume: all of them the same number of bytes.
+
     Yields:
         Tables of `RAW_SCHEMA`.
 
     Raises:
         ObjectError: a case's object is missing, changed or damaged, and the policy is not to leave it out.
+        DecodeError: the same of a case whose patch is cut here, and is not what was expected.
         QuarantineBudgetError: more cases are bad than may be left out.
         StoreError: the store as a whole cannot be read.
     """
-    images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
-    cases = cases_of(spec.rows)
-    known = () if spec.quarantine is None else spec.quarantine.indices()
-    wanted = ~np.isin(spec.indices, known)
-    chunks = _chunks(cases, spec.fetch, spec.block)
+    cases, known = cases_of(spec.rows), known_of(spec.rows)
+    left_out = () if spec.quarantine is None else spec.quarantine.indices()
+    wanted = ~np.isin(spec.indices, left_out)
+    chunks = _chunks([_read_bytes(spec.slabs, *each) for each in zip(cases, known, strict=True)], spec)
     block: list[pa.Table] = []
     ahead = spec.fetch.chunks_ahead
     with concurrent.futures.ThreadPoolExecutor(2 * (ahead + 1), thread_name_prefix="fetch") as pool:
-        pending: collections.deque[tuple[slice, tuple[concurrent.futures.Future[list[bytes | ObjectError]], ...]]] = (
-            collections.deque()
-        )
+        pending: collections.deque[tuple[slice, Callable[[], list[Fetched]]]] = collections.deque()
         try:
             for number in range(len(chunks) + ahead):
                 if number < len(chunks):
-                    mine = [
-                        case for case, want in zip(cases[chunks[number]], wanted[chunks[number]], strict=True) if want
-                    ]
-                    pending.append(
-                        (
-                            chunks[number],
-                            (
-                                pool.submit(images.fetch_each, [case.image for case in mine]),
-                                pool.submit(labels.fetch_each, [case.label for case in mine]),
-                            ),
-                        )
-                    )
+                    chunk = chunks[number]
+                    pending.append((chunk, _started(pool, spec, cases[chunk], known[chunk], chunk, wanted[chunk])))
                 if number >= ahead:
-                    chunk, (image_bodies, label_bodies) = pending.popleft()
-                    bodies = iter(zip(image_bodies.result(), label_bodies.result(), strict=True))
-                    block.append(_table(spec, cases, chunk, [next(bodies) if want else None for want in wanted[chunk]]))
+                    chunk, fetched = pending.popleft()
+                    block.append(_table(spec, cases, chunk, fetched()))
                     if chunk.stop % spec.block == 0 or chunk.stop == len(cases):
                         yield pa.concat_tables(block)
                         block = []
@@ -141,50 +149,105 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
             pool.shutdown(cancel_futures=True)
 
 
-def _chunks(cases: Sequence[Case], config: FetchConfig, block: int) -> list[slice]:
-    """As many cases at once as the limits allow, and never of two blocks."""
+def _read_bytes(slabs: Slabs | None, case: Case, known: Known | None) -> int:
+    if slabs is not None and slabs.takes(case):
+        return slabs.read_bytes(case, known)
+    return case.image.size_bytes + case.label.size_bytes
+
+
+def _chunks(read_bytes: Sequence[int], spec: ShardSpec) -> list[slice]:
+    """As many cases at once as the limits allow by what is read of each, and never of two blocks."""
     chunks: list[slice] = []
     start, chunk_bytes = 0, 0
-    for number, case in enumerate(cases):
-        case_bytes = case.image.size_bytes + case.label.size_bytes
-        full = number - start == config.chunk_cases or chunk_bytes + case_bytes > config.chunk_bytes
-        if number > start and (full or number % block == 0):
+    for number, case_bytes in enumerate(read_bytes):
+        full = number - start == spec.fetch.chunk_cases or chunk_bytes + case_bytes > spec.fetch.chunk_bytes
+        if number > start and (full or number % spec.block == 0):
             chunks.append(slice(start, number))
             start, chunk_bytes = number, 0
         chunk_bytes += case_bytes
-    if cases:
-        chunks.append(slice(start, len(cases)))
+    if read_bytes:
+        chunks.append(slice(start, len(read_bytes)))
     return chunks
 
 
 Bodies = tuple[bytes | ObjectError, bytes | ObjectError]
+Fetched = Bodies | Patch | BadCase | None
+"""Of one case: both objects whole, or what cutting it gave; None where it was not to be read."""
 
 
-def _table(spec: ShardSpec, cases: Sequence[Case], chunk: slice, fetched: Sequence[Bodies | None]) -> pa.Table:
+def _started(
+    pool: concurrent.futures.Executor,
+    spec: ShardSpec,
+    cases: Sequence[Case],
+    known: Sequence[Known | None],
+    chunk: slice,
+    wanted: npt.NDArray[np.bool_],
+) -> Callable[[], list[Fetched]]:
+    """Begin to read a chunk's cases; what is returned waits for them."""
+    images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
+    cut = [spec.slabs is not None and spec.slabs.takes(case) for case in cases]
+    whole = [case for case, want, here in zip(cases, wanted, cut, strict=True) if want and not here]
+    image_bodies = pool.submit(images.fetch_each, [case.image for case in whole])
+    label_bodies = pool.submit(labels.fetch_each, [case.label for case in whole])
+    patches = [
+        pool.submit(spec.slabs.cut, images, labels, case, known[number], epoch=spec.epoch, index=index)
+        if spec.slabs is not None and wanted[number] and cut[number]
+        else None
+        for number, (case, index) in enumerate(zip(cases, spec.indices[chunk].tolist(), strict=True))
+    ]
+
+    def finished() -> list[Fetched]:
+        bodies = iter(zip(image_bodies.result(), label_bodies.result(), strict=True))
+        return [
+            None if not want else next(bodies) if patch is None else patch.result()
+            for want, patch in zip(wanted, patches, strict=True)
+        ]
+
+    return finished
+
+
+class _Row(NamedTuple):
+    """What a row holds of its case; `as_listed` is False where it has been overwritten."""
+
+    image_npy: Buffer
+    label_npy: Buffer
+    as_listed: bool = True
+
+
+def _table(spec: ShardSpec, cases: Sequence[Case], chunk: slice, fetched: Sequence[Fetched]) -> pa.Table:
     cases, indices = cases[chunk], spec.indices[chunk]
     images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
     good = [
-        None if bodies is None else _settled(spec, case, index, bodies)
-        for case, index, bodies in zip(cases, indices.tolist(), fetched, strict=True)
+        None if found is None else _settled(spec, case, index, found)
+        for case, index, found in zip(cases, indices.tolist(), fetched, strict=True)
     ]
-    bodies = [
-        (bytes(case.image.size_bytes), bytes(case.label.size_bytes)) if pair is None else pair
-        for case, pair in zip(cases, good, strict=True)
-    ]
+    rows = [_blank(spec, case) if row is None else row for case, row in zip(cases, good, strict=True)]
+    boxes = pa.nulls(len(cases), pa.list_(pa.int32()))
+    if NAMES[-1] in spec.rows.column_names:
+        boxes = spec.rows[NAMES[-1]][chunk].combine_chunks()
+        if not all(row.as_listed for row in rows):
+            boxes = pc.if_else(pa.array([row.as_listed for row in rows]), boxes, pa.scalar(None, boxes.type))
     columns = {
         "index": np.asarray(indices, dtype=np.int64),
         "epoch": np.full(len(cases), spec.epoch, dtype=np.int64),
         "case_id": [case.case_id for case in cases],
         "image_name": [images.uri_of(case.image.name) for case in cases],
         "label_name": [labels.uri_of(case.label.name) for case in cases],
-        "image_npy": _uncopied([image for image, _ in bodies]),
-        "label_npy": _uncopied([label for _, label in bodies]),
-        "left_out": [pair is None for pair in good],
+        "image_npy": _uncopied([row.image_npy for row in rows]),
+        "label_npy": _uncopied([row.label_npy for row in rows]),
+        "left_out": [row is None for row in good],
+        "boxes": boxes,
     }
     return pa.table(columns, schema=RAW_SCHEMA)
 
 
-def _uncopied(bodies: Sequence[bytes]) -> pa.ChunkedArray:
+def _blank(spec: ShardSpec, case: Case) -> _Row:
+    if spec.slabs is not None and spec.slabs.takes(case):
+        return _Row(*spec.slabs.blank())
+    return _Row(bytes(case.image.size_bytes), bytes(case.label.size_bytes))
+
+
+def _uncopied(bodies: Sequence[Buffer]) -> pa.ChunkedArray:
     """A column that views these bytes where they lie, a chunk each: copying them costs as much as reading a file."""
     return pa.chunked_array(
         [
@@ -197,37 +260,75 @@ def _uncopied(bodies: Sequence[bytes]) -> pa.ChunkedArray:
     )
 
 
-def _settled(spec: ShardSpec, case: Case, index: int, bodies: Bodies) -> tuple[bytes, bytes] | None:
-    """The bytes of a case's image and label; None where the case is left out, which is reported first.
+def _settled(spec: ShardSpec, case: Case, index: int, fetched: Bodies | Patch | BadCase) -> _Row | None:
+    """The row of a case; None where the case is left out, which is reported first.
 
     Raises:
-        ObjectError: an object is bad, and the policy is not to leave its case out.
+        ObjectError, DecodeError: an object is bad, and the policy is not to leave its case out.
         QuarantineBudgetError: one bad case too many.
     """
+    refresh = spec.bad.on_stale == "refresh"
+    found: _Row | Patch | BadCase
+    if not isinstance(fetched, Patch | BadCase):
+        found = _both(spec, case, fetched, refresh=refresh)
+    elif isinstance(fetched, BadCase) and isinstance(fetched.error, StaleManifestError) and refresh:
+        found = _cut_anew(spec, case, index)
+    else:
+        found = fetched
+    if not isinstance(found, BadCase):
+        return found if isinstance(found, _Row) else _Row(*found)
+    if spec.quarantine is None or not spec.bad.takes(found.error):
+        raise found.error
+    uri, meta = (spec.images_uri, case.image) if found.role == "image" else (spec.labels_uri, case.label)
+    name = _store(uri, spec.store).uri_of(meta.name)
+    entry = entry_of(found.error, index=index, case_id=case.case_id, uri=name, epoch=spec.epoch)
+    spec.quarantine.report(entry)
+    return None
+
+
+def _both(spec: ShardSpec, case: Case, bodies: Bodies, *, refresh: bool) -> _Row | BadCase:
+    """Both objects of a case, whole."""
     good: list[bytes] = []
-    for uri, meta, body in zip((spec.images_uri, spec.labels_uri), (case.image, case.label), bodies, strict=True):
-        store = _store(uri, spec.store)
-        if isinstance(body, StaleManifestError) and spec.bad.on_stale == "refresh":
-            body = _refreshed(store, meta)
+    as_listed = True
+    role: Literal["image", "label"]
+    for role, uri, meta, body in (
+        ("image", spec.images_uri, case.image, bodies[0]),
+        ("label", spec.labels_uri, case.label, bodies[1]),
+    ):
+        if isinstance(body, StaleManifestError) and refresh:
+            store = _store(uri, spec.store)
+            now = _as_it_is_now(store, meta)
+            body = now if isinstance(now, ObjectError) else store.fetch_each([now])[0]
+            as_listed = False
         if isinstance(body, ObjectError):
-            if spec.quarantine is None or not spec.bad.takes(body):
-                raise body
-            name = store.uri_of(meta.name)
-            entry = entry_of(body, index=index, case_id=case.case_id, uri=name, epoch=spec.epoch)
-            spec.quarantine.report(entry)
-            return None
+            return BadCase(body, role)
         good.append(body)
-    return good[0], good[1]
+    return _Row(good[0], good[1], as_listed)
 
 
-def _refreshed(store: Store, listed: ObjectMeta) -> bytes | ObjectError:
-    """An object that was overwritten, as it is now; if it is overwritten again meanwhile, that is its error."""
+def _cut_anew(spec: ShardSpec, case: Case, index: int) -> Patch | BadCase:
+    """The patch of a case that was overwritten, as the case is now."""
+    assert spec.slabs is not None
+    images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
+    image, label = _as_it_is_now(images, case.image), _as_it_is_now(labels, case.label)
+    if isinstance(image, ObjectError):
+        return BadCase(image, "image")
+    if isinstance(label, ObjectError):
+        return BadCase(label, "label")
+    now = case._replace(image=image, label=label)
+    return spec.slabs.cut(images, labels, now, None, epoch=spec.epoch, index=index)
+
+
+def _as_it_is_now(store: Store, listed: ObjectMeta) -> ObjectMeta | ObjectError:
+    """What a listing says now of an object that is stale; if it is overwritten again, reading it is an error."""
     now = next((found for found in store.list(listed.name) if found.name == listed.name), None)
     if now is None:
         return ObjectNotFoundError(
             f"expected {store.uri_of(listed.name)}, which was overwritten since it was listed, found that it is gone; "
             "put it back or list anew"
         )
+    if (now.size_bytes, now.generation) == (listed.size_bytes, listed.generation):
+        return now
     logger.warning(
         "%s was overwritten since it was listed (%s bytes, generation %s): it is read as it is now (%s bytes, "
         "generation %s); make the manifest anew to read it so from the start",
@@ -237,4 +338,4 @@ def _refreshed(store: Store, listed: ObjectMeta) -> bytes | ObjectError:
         f"{now.size_bytes:,}",
         now.generation or "unknown",
     )
-    return store.fetch_each([now])[0]
+    return now

@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from . import layout
 from .errors import ManifestError, ObjectError, StoreError
+from .layout import Known
 from .pairing import Case
 from .stores.base import ObjectMeta, StoreConfig, open_store
 
@@ -46,7 +48,8 @@ class Manifest:
     """All cases of a data set, sorted by key: a case's row number is its `index`, everywhere.
 
     Attributes:
-        table: the columns of `SCHEMA`; names are relative to the URIs.
+        table: the columns of `SCHEMA`, and those of `layout.FIELDS` where they were looked up; names are relative
+            to the URIs.
         images_uri: where the images lie.
         labels_uri: where the labels lie.
     """
@@ -70,6 +73,13 @@ class Manifest:
             columns[f"{role}_generation"] = [meta.generation for meta in metas]
             columns[f"{role}_crc32c"] = [meta.crc32c for meta in metas]
         return cls(pa.table(columns, schema=SCHEMA), images_uri, labels_uri)
+
+    def with_known(self, known: Sequence[Known | None]) -> Manifest:
+        """The same cases, each with its shape and foreground boxes where they are known."""
+        table = self.table.select(SCHEMA.names)
+        for field, column in zip(layout.FIELDS, layout.columns(known), strict=True):
+            table = table.append_column(field, column)
+        return dataclasses.replace(self, table=table)
 
     def case_bytes(self) -> npt.NDArray[np.int64]:
         """Bytes of image and label together, (N,) int64, by index."""
@@ -127,12 +137,15 @@ class Manifest:
             )
         if not (isinstance(images_uri, str) and isinstance(labels_uri, str)):
             raise ManifestError(f"{name}: expected two URIs in its metadata, found {about}; make it anew")
+        # Asked by name, since the names themselves may be no text in a damaged file.
+        extended = any(table.schema.get_field_index(name) >= 0 for name in layout.NAMES)
+        schema = pa.schema([*SCHEMA, *layout.FIELDS]) if extended else SCHEMA
         try:
-            table = table.select(SCHEMA.names).cast(SCHEMA)
+            table = table.select(schema.names).cast(schema)
             table.validate(full=True)
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise ManifestError(
-                f"{name}: expected the columns {SCHEMA.names}, found otherwise ({error}); make it anew"
+                f"{name}: expected the columns {schema.names}, found otherwise ({error}); make it anew"
             ) from error
         table = table.replace_schema_metadata(None).combine_chunks()
         _check_rows(table, name)
@@ -197,7 +210,7 @@ def _check_seal(data: bytes, name: str) -> None:
 
 def cases_of(rows: pa.Table) -> list[Case]:
     """Rows of a manifest as cases."""
-    columns = {name: rows[name].to_pylist() for name in rows.column_names}
+    columns = {name: rows[name].to_pylist() for name in SCHEMA.names}
     images, labels = (
         map(
             ObjectMeta,
@@ -224,6 +237,8 @@ def _check_rows(table: pa.Table, name: str) -> None:
             lambda: all(len(set(table[r].to_pylist())) == table.num_rows for r in ("image", "label")),
         ),
     ]
+    if layout.NAMES[0] in table.column_names:
+        checks += layout.checks(table)
     for what, holds in checks:
         if not holds():
             raise ManifestError(f"{name}: expected {what}, found otherwise; the file is damaged: make it anew")

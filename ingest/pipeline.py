@@ -22,10 +22,12 @@ from .datasource import PairedVolumeDatasource
 from .decode import DecodeConfig, decode_case
 from .errors import ConfigError, DecodeError
 from .fetch import FetchConfig
+from .layout import read_boxes
 from .manifest import Manifest
 from .pairing import PairingConfig
 from .plan import EpochPlan, Indices, ShardConfig, block_batches, plan_epoch, split_holdout
 from .quarantine import BadCaseConfig, Quarantine, entry_of
+from .slab import Slabs, boxes_of, names_fault
 from .stores.base import StoreConfig
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -180,6 +182,8 @@ def training_dataset(
         ranks=ranks,
         batches=batches,
     )
+    sampler = PatchSampler(crop=config.crop, augment=config.augment, seed=config.seed)
+    slabs = Slabs(sampler=sampler, decode=config.decode, least_bytes=config.fetch.slab_image_bytes)
     source = PairedVolumeDatasource(
         manifest,
         plan,
@@ -189,10 +193,11 @@ def training_dataset(
         fetch=config.fetch,
         bad=config.bad,
         quarantine=quarantine,
+        slabs=slabs if config.fetch.slabs == "auto" else None,
     )
     sample = functools.partial(
         sample_patches,
-        sampler=PatchSampler(crop=config.crop, augment=config.augment, seed=config.seed),
+        sampler=sampler,
         decode=config.decode,
         batch=block,
         quarantine=quarantine if config.bad.on_bad == "quarantine" else None,
@@ -296,6 +301,7 @@ def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig, qu
     case_ids, left_out = raw["case_id"].to_pylist(), raw["left_out"].to_pylist()
     image_names, label_names = raw["image_name"].to_pylist(), raw["label_name"].to_pylist()
     image_npy, label_npy = views(raw["image_npy"]), views(raw["label_npy"])
+    boxes = raw["boxes"].to_pylist()
     good: list[int] = []
     for row in range(rows):
         if left_out[row]:
@@ -312,12 +318,15 @@ def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig, qu
         except DecodeError as error:
             if quarantine is None:
                 raise
-            # Each message begins with the name of the object at fault.
-            uri = label_names[row] if str(error).startswith(f"{label_names[row]}: ") else image_names[row]
+            uri = label_names[row] if names_fault(error, label_names[row]) else image_names[row]
             quarantine.report(
                 entry_of(error, index=int(index[row]), case_id=case_ids[row], uri=uri, epoch=int(epoch[row]))
             )
             continue
+        if boxes[row] is None:
+            find_boxes = functools.partial(boxes_of, label_names[row], label_npy[row], label_1DHW)
+        else:
+            find_boxes = functools.partial(read_boxes, boxes[row])
         sampler(
             image_CDHW,
             label_1DHW,
@@ -325,6 +334,7 @@ def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig, qu
             index=int(index[row]),
             out_image=image_NCDHW[len(good)],
             out_label=label_N1DHW[len(good)],
+            boxes=find_boxes,
         )
         good.append(row)
     return {

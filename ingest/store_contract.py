@@ -16,13 +16,14 @@ import pytest
 from .errors import (
     ConfigError,
     EmptyListingError,
+    ObjectError,
     ObjectNotFoundError,
     PermissionDeniedError,
     PlaceNotFoundError,
     StaleManifestError,
 )
 from .listing import list_objects
-from .stores.base import ObjectMeta, Store
+from .stores.base import ObjectMeta, RangeRequest, Store
 
 NAMES = (
     "a b",
@@ -168,11 +169,51 @@ class StoreContract:
         assert (bodies[0], bodies[3]) == (b"1", b"4444")
         assert [type(body) for body in bodies[1:3]] == [StaleManifestError, StaleManifestError]
 
+    def test_ranges_are_the_same_bytes_of_the_whole_in_the_order_asked(self, place: Place) -> None:
+        bodies = {name: (bytes(range(256)) * 17)[number:] for number, name in enumerate(NAMES)}
+        for name, body in bodies.items():
+            place.write(name, body)
+        spans = [(5, 6), (0, 10), (10, 20), (20, 300), (4000, 4300), (4001, 4002), (0, 4300), (7, 9)]
+        asked = [RangeRequest(meta, *span) for meta in place.store.list() for span in spans]
+        wanted = [bodies[request.meta.name][request.start : request.stop] for request in asked]
+        assert [bytes(piece) for piece in pieces_of(place.store, asked)] == wanted
+        assert [bytes(piece) for piece in pieces_of(place.store, asked[::-1])] == wanted[::-1]
+        assert place.store.fetch_ranges([]) == []
+
+    def test_ranges_far_apart_in_a_large_object_are_the_bytes_of_the_whole(self, place: Place) -> None:
+        body = bytes(range(256)) * 40_000
+        place.write("large", body)
+        (meta,) = place.store.list()
+        asked = [RangeRequest(meta, at, at + 1000) for at in (10_239_000, 0, 70_000, 3_000_000)]
+        assert [bytes(piece) for piece in pieces_of(place.store, asked)] == [body[r.start : r.stop] for r in asked]
+
+    def test_ranges_of_missing_and_overwritten_objects_are_told_apart_from_their_neighbours(self, place: Place) -> None:
+        for name in ("a", "b", "c", "d"):
+            place.write(name, name.encode() * 100)
+        listed = list(place.store.list())
+        place.delete("b")
+        place.write("c", b"C" * 100)
+        place.write("d", b"D")
+        asked = [RangeRequest(meta, *span) for meta in listed for span in ((0, 50), (99, 100))]
+        pieces = place.store.fetch_ranges(asked)
+        assert [bytes(piece) for piece in pieces[:2] if not isinstance(piece, ObjectError)] == [b"a" * 50, b"a"]
+        assert [type(piece) for piece in pieces[2:4]] == [ObjectNotFoundError] * 2
+        assert [type(piece) for piece in pieces[4:]] == [StaleManifestError] * 4
+
+    def test_a_range_that_leaves_its_object_is_refused(self, place: Place) -> None:
+        place.write("a", b"123")
+        (meta,) = place.store.list()
+        for start, stop in ((-1, 2), (1, 1), (2, 1), (1, 4)):
+            with pytest.raises(ConfigError, match="expected a range"):
+                place.store.fetch_ranges([RangeRequest(meta, start, stop)])
+
     def test_a_missing_place_is_said_to_be_missing(self, missing_store: Store) -> None:
         with pytest.raises(PlaceNotFoundError, match=r"expected .* found"):
             list(missing_store.list())
         with pytest.raises(PlaceNotFoundError):
             missing_store.fetch([ObjectMeta("a", 1)])
+        with pytest.raises(PlaceNotFoundError):
+            missing_store.fetch_ranges([RangeRequest(ObjectMeta("a", 1), 0, 1)])
 
     def test_an_empty_place_is_told_apart_from_a_missing_one(self, place: Place) -> None:
         place.write("gone", b"")
@@ -187,6 +228,8 @@ class StoreContract:
             list(store.list())
         with pytest.raises(PermissionDeniedError):
             store.fetch([meta])
+        with pytest.raises(PermissionDeniedError):
+            store.fetch_ranges([RangeRequest(meta, 0, 1)])
 
     def test_a_pickled_store_does_the_same(self, place: Place) -> None:
         place.write("a", b"x")
@@ -217,6 +260,16 @@ class FlatNamesContract:
         listed = list(place.store.list())
         assert [meta.name for meta in listed] == names
         assert place.store.fetch(listed) == [name.encode() for name in names]
+
+
+def pieces_of(store: Store, asked: Sequence[RangeRequest]) -> list[bytes | memoryview]:
+    """What ranges hold; the first error is raised."""
+    pieces: list[bytes | memoryview] = []
+    for piece in store.fetch_ranges(asked):
+        if isinstance(piece, ObjectError):
+            raise piece
+        pieces.append(piece)
+    return pieces
 
 
 def names_of(objects: Sequence[ObjectMeta]) -> list[str]:

@@ -26,7 +26,7 @@ from .errors import (
     StaleManifestError,
 )
 from .fault_proxy import Fault, FaultProxy, every_fault
-from .stores.base import BaseStore, Bodies, ObjectMeta, Puts, Store, StoreConfig
+from .stores.base import BaseStore, Bodies, ObjectMeta, Pieces, Puts, RangeRequest, Store, StoreConfig
 
 __all__ = [
     "Fault",
@@ -122,7 +122,7 @@ class LatencyStore(BaseStore):
 
     Attributes:
         store: what it wraps.
-        latency_s: added once a listing, a put, and each `in_flight` objects of a fetch.
+        latency_s: added once a listing, a put, and each `in_flight` objects or ranges of a fetch.
     """
 
     def __init__(self, store: Store, latency_s: float, in_flight: int = 32) -> None:
@@ -141,6 +141,11 @@ class LatencyStore(BaseStore):
         """See `Fetches.fetch_each`."""
         time.sleep(self.latency_s * math.ceil(len(objects) / self.in_flight))
         return self.store.fetch_each(objects)
+
+    def fetch_ranges(self, requests: Sequence[RangeRequest]) -> Pieces:
+        """See `FetchesRanges.fetch_ranges`."""
+        time.sleep(self.latency_s * math.ceil(len(requests) / self.in_flight))
+        return self.store.fetch_ranges(requests)
 
     def put(self, name: str, data: bytes) -> None:
         """See `Puts.put`."""

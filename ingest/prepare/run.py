@@ -71,6 +71,10 @@ class PrepareConfig:
     num_cpus: float = 1.0
     """CPUs that Ray sets aside for one case."""
 
+    manifest: str | None = None
+    """URI to write a manifest of the output to, with every case's shape and foreground boxes, as `index --boxes`
+    does. None writes none."""
+
     def __post_init__(self) -> None:
         if self.source not in ("kits19", "mni152"):
             raise ConfigError(f"expected --source kits19 or mni152, found {self.source!r}; choose one of them")

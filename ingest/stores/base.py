@@ -34,6 +34,22 @@ class ObjectMeta(NamedTuple):
     storage_class: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RangeRequest:
+    """Some bytes of one object: from `start` to before `stop`."""
+
+    meta: ObjectMeta
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= self.meta.size_bytes:
+            raise ConfigError(
+                f"expected a range of at least one byte within the {self.meta.size_bytes:,} of {self.meta.name}, found "
+                f"{self.start:,} to {self.stop:,}; list anew if the object has grown"
+            )
+
+
 class Lists(Protocol):
     """Can say what it holds."""
 
@@ -71,6 +87,28 @@ class Fetches(Protocol):
         """As `fetch_each`, but the first `ObjectError` is raised."""
 
 
+class FetchesRanges(Protocol):
+    """Can hand back parts of listed objects."""
+
+    @property
+    def uri(self) -> str:
+        """The place's URI, ending in ``/``."""
+
+    def fetch_ranges(self, requests: Sequence[RangeRequest]) -> list[bytes | memoryview | ObjectError]:
+        """Fetch parts of objects, each of the listed generation and of the length asked for.
+
+        A checksum is of a whole object: no part can be checked against it. So ask only for objects whose generation
+        is known, and have what was read looked at. Neighbouring requests of one object, in ascending order, may be
+        served by one read that goes on through the gap between them.
+
+        Returns:
+            One entry a request, in the order asked: its bytes, or the error that concerns its object alone.
+
+        Raises:
+            StoreError: the place as a whole cannot be read (credentials, permission, network).
+        """
+
+
 class Puts(Protocol):
     """Can keep an object."""
 
@@ -78,7 +116,7 @@ class Puts(Protocol):
         """Write one object whole or not at all, replacing any of that name."""
 
 
-class Store(Lists, Fetches, Puts, Protocol):
+class Store(Lists, Fetches, FetchesRanges, Puts, Protocol):
     """A place. Pickles as plain configuration; clients are made lazily, once a process. Thread-safe."""
 
     def uri_of(self, name: str) -> str:
@@ -127,6 +165,12 @@ class StoreConfig:
     retry_corrupt_tries: int = 5
     """Reads of one object after which bytes that do not match their length or checksum are given up."""
 
+    range_gap_bytes: int = 2**20
+    """GCS: parts of an object with at most so many bytes between them are read by one request."""
+
+    range_most_bytes: int = 16 * 2**20
+    """GCS: bytes of one such request at the most; several at a time are faster than one long one."""
+
     compose_tries: int = 3
     """GCS: tries of each request of a composed read, after which its objects are read directly instead."""
 
@@ -160,6 +204,40 @@ class StoreConfig:
 
 Bodies: TypeAlias = list[bytes | ObjectError]
 """What `fetch_each` returns; named here, since a class with a method `list` cannot say it."""
+Pieces: TypeAlias = list[bytes | memoryview | ObjectError]
+"""What `fetch_ranges` returns."""
+
+
+def joined(requests: Sequence[RangeRequest], gap_bytes: int, most_bytes: int) -> list[Sequence[RangeRequest]]:
+    """Cut requests into runs that one read serves each: of one object, ascending, with small gaps.
+
+    Args:
+        requests: to cut; their order is kept.
+        gap_bytes: a gap between two requests that is at most so large is read through.
+        most_bytes: of one read; a request that is larger is a run of its own.
+    """
+    runs: list[Sequence[RangeRequest]] = []
+    start = 0
+    for number in range(1, len(requests) + 1):
+        if number < len(requests):
+            before, here = requests[number - 1], requests[number]
+            if (
+                here.meta == before.meta
+                and 0 <= here.start - before.stop <= gap_bytes
+                and here.stop - requests[start].start <= most_bytes
+            ):
+                continue
+        runs.append(requests[start:number])
+        start = number
+    return runs
+
+
+def parted(run: Sequence[RangeRequest], body: bytes | memoryview) -> Pieces:
+    """What each request of a run gets of the bytes that its one read gave."""
+    if len(run) == 1:
+        return [body]
+    view, first = memoryview(body), run[0].start
+    return [view[request.start - first : request.stop - first] for request in run]
 
 
 class BaseStore:
@@ -174,6 +252,16 @@ class BaseStore:
     def fetch_each(self, objects: Sequence[ObjectMeta]) -> list[bytes | ObjectError]:
         """See `Fetches.fetch_each`."""
         raise NotImplementedError
+
+    def fetch_ranges(self, requests: Sequence[RangeRequest]) -> list[bytes | memoryview | ObjectError]:
+        """See `FetchesRanges.fetch_ranges`; here by whole reads, for stores that know no ranges."""
+        objects = list({request.meta: None for request in requests})
+        whole = dict(zip(objects, self.fetch_each(objects), strict=True))
+        pieces: Pieces = []
+        for request in requests:
+            body = whole[request.meta]
+            pieces.append(body if isinstance(body, ObjectError) else memoryview(body)[request.start : request.stop])
+        return pieces
 
     def fetch(self, objects: Sequence[ObjectMeta]) -> list[bytes]:
         """As `fetch_each`, but the first `ObjectError` is raised."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import google.api_core.exceptions
 import google_crc32c
@@ -19,10 +20,15 @@ from ..errors import (
     StaleManifestError,
     StoreError,
 )
-from .base import ObjectMeta, StoreConfig
+from .base import ObjectMeta, Pieces, RangeRequest, StoreConfig, joined, parted
 from .gcs_clients import google_blob, google_client, obstore_client, pool, timeouts_s
-from .gcs_errors import AbsentError, call
+from .gcs_errors import AbsentError, call, status_of
 from .retry import PassingError
+
+Asked = TypeVar("Asked")
+Given = TypeVar("Given")
+Span = tuple[int, int] | None  # the first byte and the one after the last; None for all
+Get = Callable[[str, ObjectMeta, Span], tuple[bytes | memoryview, int | None]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,12 +49,24 @@ class DirectReader:
         Raises:
             StoreError: the bucket as a whole cannot be read; what was still to do is left.
         """
-        if len(objects) == 1:
-            return [self.read(objects[0])]
-        bodies: list[bytes | ObjectError | None] = [None] * len(objects)
-        positions = iter(range(len(objects)))
+        return self._each(objects, self.read)
+
+    def read_ranges(self, requests: Sequence[RangeRequest]) -> Pieces:
+        """Read parts of objects; near ones by one request, and else as `read_each`.
+
+        Raises:
+            StoreError: the bucket as a whole cannot be read; what was still to do is left.
+        """
+        runs = joined(requests, self.config.range_gap_bytes, self.config.range_most_bytes)
+        return [piece for pieces in self._each(runs, self._read_run) for piece in pieces]
+
+    def _each(self, asked: Sequence[Asked], read: Callable[[Asked], Given]) -> list[Given]:
+        if len(asked) == 1:
+            return [read(asked[0])]
+        given: dict[int, Given] = {}
+        positions = iter(range(len(asked)))
         in_flight = self.config.max_in_flight or 32
-        workers = min(len(objects), in_flight)
+        workers = min(len(asked), in_flight)
         threads = pool("direct", in_flight)
         failed: list[StoreError] = []
 
@@ -58,7 +76,7 @@ class DirectReader:
                 if failed:
                     return
                 try:
-                    bodies[position] = self.read(objects[position])
+                    given[position] = read(asked[position])
                 except StoreError as error:
                     failed.append(error)
 
@@ -67,7 +85,7 @@ class DirectReader:
             future.result()
         if failed:
             raise failed[0]
-        return [body for body in bodies if body is not None]
+        return [given[position] for position in range(len(asked))]
 
     def read(self, meta: ObjectMeta) -> bytes | ObjectError:
         """Read one object; an error that concerns it alone is returned.
@@ -75,40 +93,55 @@ class DirectReader:
         Raises:
             StoreError: the bucket as a whole cannot be read.
         """
+        body = self._read(meta, None)
+        return bytes(body) if isinstance(body, memoryview) else body
+
+    def _read_run(self, run: Sequence[RangeRequest]) -> Pieces:
+        body = self._read(run[0].meta, (run[0].start, run[-1].stop))
+        return [body] * len(run) if isinstance(body, ObjectError) else parted(run, body)
+
+    def _read(self, meta: ObjectMeta, span: Span) -> bytes | memoryview | ObjectError:
         key = self.prefix + meta.name
-        what = f"reading gs://{self.bucket}/{key}"
         get = self._get_by_obstore if _is_plain(key) else self._get_by_google
         try:
             return call(
                 self.config,
-                functools.partial(self._checked, get, key, meta),
-                what=what,
+                functools.partial(self._checked, get, key, meta, span),
+                what=f"reading gs://{self.bucket}/{key}",
                 permission="storage.objects.get",
             )
         except ObjectError as error:
             return error
 
-    def _checked(self, get: Callable[[str, ObjectMeta], tuple[bytes, int | None]], key: str, meta: ObjectMeta) -> bytes:
+    def _checked(self, get: Get, key: str, meta: ObjectMeta, span: Span) -> bytes | memoryview:
         try:
-            body, size_now = get(key, meta)
-        except (FileNotFoundError, google.api_core.exceptions.NotFound) as error:
+            body, size_now = get(key, meta, span)
+        except (OSError, google.api_core.exceptions.GoogleAPICallError, obstore.exceptions.BaseError) as error:
+            if status_of(error) not in (404, 416):  # 416: the range begins after the end of what is there now
+                raise
             raise self._why_absent(meta, str(error).partition("\n")[0]) from error
         if size_now is not None and size_now != meta.size_bytes:
             raise self._stale(meta, f"{size_now:,} bytes")
-        if len(body) != meta.size_bytes:
-            raise PassingError("truncated", f"{len(body):,} of {meta.size_bytes:,} bytes")
-        if meta.crc32c is not None and google_crc32c.value(body) != meta.crc32c:
+        expected_bytes = meta.size_bytes if span is None else span[1] - span[0]
+        if len(body) != expected_bytes:
+            raise PassingError("truncated", f"{len(body):,} of {expected_bytes:,} bytes")
+        if span is None and meta.crc32c is not None and google_crc32c.value(body) != meta.crc32c:
             raise PassingError("checksum", f"crc32c {google_crc32c.value(body):08x} instead of {meta.crc32c:08x}")
         return body
 
-    def _get_by_obstore(self, key: str, meta: ObjectMeta) -> tuple[bytes, int | None]:
-        version: obstore.GetOptions = {} if meta.generation is None else {"version": str(meta.generation)}
-        answer = obstore.get(obstore_client(self.bucket, self.config), key, options=version)
-        return bytes(answer.bytes()), answer.meta["size"]
+    def _get_by_obstore(self, key: str, meta: ObjectMeta, span: Span) -> tuple[bytes | memoryview, int | None]:
+        options: obstore.GetOptions = {} if meta.generation is None else {"version": str(meta.generation)}
+        if span is not None:
+            options["range"] = span
+        answer = obstore.get(obstore_client(self.bucket, self.config), key, options=options)
+        body = answer.bytes()
+        return memoryview(body) if span is not None else bytes(body), answer.meta["size"]
 
-    def _get_by_google(self, key: str, meta: ObjectMeta) -> tuple[bytes, int | None]:
+    def _get_by_google(self, key: str, meta: ObjectMeta, span: Span) -> tuple[bytes | memoryview, int | None]:
         blob = google_blob(self.config, self.bucket, key, meta.generation)
-        return blob.download_as_bytes(retry=None, timeout=timeouts_s(self.config), checksum=None), None
+        first, last = (None, None) if span is None else (span[0], span[1] - 1)
+        timeout = timeouts_s(self.config)
+        return blob.download_as_bytes(start=first, end=last, retry=None, timeout=timeout, checksum=None), None
 
     def _why_absent(self, meta: ObjectMeta, detail: str) -> ObjectError | PassingError:
         """After a 404: whether the object is gone, was overwritten, or is there as listed, so that the 404 may pass.

@@ -72,7 +72,7 @@ def call(
 
 def translated(error: Exception, what: str, permission: str) -> StoreError | PassingError:
     """The error of ours that `error` stands for."""
-    status = _status_of(error)
+    status = status_of(error)
     detail = _detail_of(error)
     if status is not None:
         return _of_status(status, what, permission, detail, _retry_after_s(error))
@@ -111,7 +111,8 @@ def _of_status(
     return StoreError(f"{what}: expected the server to accept the request, found status {status}: {detail}")
 
 
-def _status_of(error: Exception) -> int | None:
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that a client's error stands for; None where it is of another kind."""
     if isinstance(error, google.api_core.exceptions.GoogleAPICallError):
         return int(error.code) if error.code is not None else None
     if isinstance(error, google.cloud.storage.exceptions.InvalidResponse):
