@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
@@ -21,18 +19,20 @@ from ingest.index import index_cases
 
 from .child import in_child
 from .peers import own_venv
-from .peers.work import Opened, Transform, Work
+from .peers.work import Opened, Tensors, Transform, Work
 from .place import Place, opened
 from .report import Report, Row, meta_of, spread
 from .tree import TreeMeter
 
 Loader = Literal[
     "ours-auto", "ours-direct", "ours-compose", "ours-local", "reference", "reference-readonly", "ray-stock",
-    "torch-obstore", "litdata-raw", "mosaic", "floor", "local-loop",
+    "torch-obstore", "litdata-raw", "mosaic", "floor", "local-loop", "ours-boxes", "ours-whole",
 ]  # fmt: skip
 LOADERS: tuple[Loader, ...] = Loader.__args__  # type: ignore[attr-defined]
 OTHER_PEERS = ("torch-obstore", "litdata-raw", "mosaic")
 LOCAL = ("ours-local", "local-loop")
+IN_PART = ("ours-boxes", "ours-whole")  # differ from ours-auto only where volumes are large
+LARGE_KB = 10 * 2**10  # of pairs whose images are read in part
 FIELDS = {
     "loader": "{}",
     "latency_ms": "{:g}",
@@ -45,6 +45,7 @@ FIELDS = {
     "client_cpu_ms_per_sample": "{:.3f}",
     "first_batch_s": "{:.2f}",
     "peak_rss_mb": "{:,.0f}",
+    "above_idle_mb": "{:,.0f}",
 }
 IN_FLIGHT_NEAR, IN_FLIGHT_FAR = 16, 64  # what was fastest for plain obstore (FACTS section 10)
 
@@ -90,7 +91,7 @@ class ThroughputConfig:
     """Processes of the DataLoaders."""
 
     seconds: float = 8.0
-    """After which a slow loader's epoch is broken off; what it gave until then counts."""
+    """About as long takes an epoch at the most: a loader that is slow while it warms up gets fewer pairs."""
 
     def __post_init__(self) -> None:
         if min(self.pairs, self.rounds, self.batch, self.workers, *self.pair_kb) < 1 or self.seconds <= 0:
@@ -106,6 +107,8 @@ def open_loader(name: Loader, work: Work) -> Opened:
         "ours-direct": functools.partial(ours.opened, transport="direct"),
         "ours-compose": functools.partial(ours.opened, transport="compose"),
         "ours-local": functools.partial(ours.opened, transport="direct"),
+        "ours-boxes": functools.partial(ours.opened, transport="auto", boxes=True),
+        "ours-whole": functools.partial(ours.opened, transport="auto", slabs="never"),
         "reference": functools.partial(reference.opened, composed=True),
         "reference-readonly": functools.partial(reference.opened, composed=False),
         "ray-stock": ray_stock.opened,
@@ -122,26 +125,24 @@ def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str
     """One epoch of one loader, in this process, after a small one that warms it up.
 
     What is timed runs from asking for the epoch to its last batch as tensors; processes are up by then, connections
-    open. CPU time is that of this process and all below it, between the same two instants.
+    open. CPU time is that of this process and all below it, between the same two instants. An epoch is never broken
+    off, which would charge a loader for batches that it made and did not hand over: one that is slow while it warms
+    up is asked for fewer pairs.
     """
     what = Work(**{**work, "patch": tuple(work["patch"])})
+    pairs, pair_bytes = size_of(what)
     with TreeMeter() as meter, open_loader(loader, what) as epoch:
-        for _ in epoch(16 * what.batch):
-            pass
+        warm = max(what.batch, min(8 * what.batch, pairs // 4))
+        given, first_s, last_s = drain(epoch(warm), what)
+        limit = None
+        if given > what.batch:
+            likely = seconds * (given - what.batch) / (last_s - first_s)
+            limit = max(warm, round(likely / what.batch) * what.batch)
         settle(meter)
-        cpu_s, started = meter.cpu_s(), time.perf_counter()
-        samples, first_s, last_s = 0, 0.0, 0.0
-        with contextlib.closing(epoch(None)) as batches:  # type: ignore[type-var]
-            for image, label in batches:
-                samples += len(image)
-                last_s = time.perf_counter() - started
-                first_s = first_s or last_s
-                if tuple(image.shape[2:]) != what.patch or image.shape != label.shape:
-                    raise ConfigError(f"expected samples of {what.patch}, found {image.shape} and {label.shape}")
-                if last_s > seconds and not ray.is_initialized():  # Ray cannot be shut down in mid-epoch
-                    break
-            cpu_s = meter.cpu_s() - cpu_s
-        pairs, pair_bytes = size_of(what)
+        idle_bytes = meter.rss_bytes()
+        cpu_s = meter.cpu_s()
+        samples, first_s, last_s = drain(epoch(limit if limit and limit < pairs else None), what)
+        cpu_s = meter.cpu_s() - cpu_s
         return {
             "pairs": pairs,
             "pair_kb": round(pair_bytes / 1024),
@@ -150,7 +151,21 @@ def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str
             "client_cpu_ms_per_sample": 1e3 * cpu_s / samples,
             "first_batch_s": first_s,
             "peak_rss_mb": meter.peak_rss_bytes() / 1e6,
+            "above_idle_mb": (meter.peak_rss_bytes() - idle_bytes) / 1e6,
         }
+
+
+def drain(batches: Iterator[Tensors], work: Work) -> tuple[int, float, float]:
+    """Samples of an epoch, and the seconds from now to its first and to its last batch."""
+    started = time.perf_counter()
+    samples, first_s, last_s = 0, 0.0, 0.0
+    for image, label in batches:
+        samples += len(image)
+        last_s = time.perf_counter() - started
+        first_s = first_s or last_s
+        if tuple(image.shape[2:]) != work.patch or image.shape != label.shape:
+            raise ConfigError(f"expected samples of {work.patch}, found {image.shape} and {label.shape}")
+    return samples, first_s, last_s
 
 
 def size_of(work: Work) -> tuple[int, float]:
@@ -214,6 +229,7 @@ def _rounds(
         name
         for name in config.loaders
         if (name not in LOCAL and on_gs) or (name in LOCAL and (not on_gs or (place.folder and latency_ms == 0)))
+        if name not in IN_PART or not place.folder or pair_kb >= LARGE_KB
     ]
     found: dict[Loader, list[dict[str, Any]]] = {name: [] for name in loaders}
     for number in range(config.rounds):
@@ -255,7 +271,7 @@ def _row(
         "pair_kb": pair_kb,
         "pairs": results[0]["pairs"],
     }
-    for field in ("samples_per_s", "client_cpu_ms_per_sample", "first_batch_s", "peak_rss_mb"):
+    for field in ("samples_per_s", "client_cpu_ms_per_sample", "first_batch_s", "peak_rss_mb", "above_idle_mb"):
         values = spread([result[field] for result in results])
         row |= {field: values["median"], f"{field}_low": values["low"], f"{field}_high": values["high"]}
     row["mb_per_s"] = row["samples_per_s"] * pair_kb * 1024 / 1e6
@@ -268,9 +284,10 @@ def targets(rows: list[Row]) -> list[dict[str, Any]]:
     Returns:
         For each its `name`, what is `wanted`, the value `found`, and whether it is `held`.
     """
-    small = {
-        (row["loader"], row["latency_ms"]): row for row in rows if row["pair_kb"] == min(r["pair_kb"] for r in rows)
-    }
+    small, large = (
+        {(row["loader"], row["latency_ms"]): row for row in rows if (row["pair_kb"] >= LARGE_KB) == in_part}
+        for in_part in (False, True)
+    )
     found: list[dict[str, Any]] = []
 
     def ratio(
@@ -310,6 +327,20 @@ def targets(rows: list[Row]) -> list[dict[str, Any]]:
         share = small["local-loop", 0.0][cpu] / local[cpu]
         name = "local files, samples a CPU second against a np.load loop"
         found.append({"name": name, "wanted": ">= 0.6", "found": share, "held": share >= 0.6})
+    return found + _targets_of_large(large)
+
+
+def _targets_of_large(large: dict[tuple[str, float], Row]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for latency_ms in sorted({latency_ms for _, latency_ms in large}):
+        slabs, whole = (large.get((name, latency_ms)) for name in ("ours-boxes", "ours-whole"))
+        if slabs:
+            name, above_mb = f"large volumes at {latency_ms:g} ms, MB above idle", slabs["above_idle_mb"]
+            found.append({"name": name, "wanted": "<= 2000", "found": above_mb, "held": above_mb <= 2000})
+        if slabs and whole:
+            value = slabs["samples_per_s"] / whole["samples_per_s"]
+            name = f"large volumes at {latency_ms:g} ms, samples/s of slabs against whole reads"
+            found.append({"name": name, "wanted": ">= 3", "found": value, "held": value >= 3})
     return found
 
 

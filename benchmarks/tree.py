@@ -53,18 +53,27 @@ class TreeMeter:
             return sum(self._used_s.values())
 
     def peak_rss_bytes(self) -> int:
-        """The most that the tree's processes held together at any look; pages that they share count in each."""
+        """The most that the tree's processes held together at any look.
+
+        Pages of their own, and those shared with others (libraries, Ray's object store) once: as many as the process
+        with most of them has.
+        """
         with self._lock:
             self._look()
             return self._peak_bytes
+
+    def rss_bytes(self) -> int:
+        """The same of now."""
+        with self._lock:
+            return self._look()
 
     def _watch(self) -> None:
         while not self._done.wait(_LOOK_EVERY_S):
             with self._lock:
                 self._look()
 
-    def _look(self) -> None:
-        found: dict[int, tuple[int, ProcessKey, float, int]] = {}
+    def _look(self) -> int:
+        found: dict[int, tuple[int, ProcessKey, float, int, int]] = {}
         for entry in os.listdir("/proc"):  # noqa: PTH208  Path.iterdir costs thrice as much, twice a second
             if entry.isdigit():
                 with contextlib.suppress(OSError):
@@ -72,29 +81,32 @@ class TreeMeter:
         children: dict[int, list[int]] = {}
         for pid, (parent, *_) in found.items():
             children.setdefault(parent, []).append(pid)
-        pending, rss_bytes = [self._root], 0
+        pending, own_bytes, shared_bytes = [self._root], 0, 0
         while pending:
             pid = pending.pop()
             if pid in self._leave_out or pid not in found:
                 continue
-            _, key, used_s, rss = found[pid]
+            _, key, used_s, own, shared = found[pid]
             self._used_s[key] = used_s
-            rss_bytes += rss
+            own_bytes += own
+            shared_bytes = max(shared_bytes, shared)
             pending += children.get(pid, [])
-        self._peak_bytes = max(self._peak_bytes, rss_bytes)
+        self._peak_bytes = max(self._peak_bytes, own_bytes + shared_bytes)
+        return own_bytes + shared_bytes
 
 
-def _stat_of(pid: int) -> tuple[int, ProcessKey, float, int]:
-    """Parent, key, CPU seconds and resident bytes of a process."""
+def _stat_of(pid: int) -> tuple[int, ProcessKey, float, int, int]:
+    """Parent, key, CPU seconds, and resident bytes of a process: its own and those of files and shared memory."""
     # The name, in brackets, may hold anything; the rest are numbers (proc_pid_stat(5), counted from the third).
     fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     used_s = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
-    return int(fields[1]), (pid, int(fields[19])), used_s, int(fields[21]) * _PAGE_BYTES
+    resident, shared = (int(pages) * _PAGE_BYTES for pages in Path(f"/proc/{pid}/statm").read_bytes().split()[1:3])
+    return int(fields[1]), (pid, int(fields[19])), used_s, resident - shared, shared
 
 
 def rss_bytes() -> int:
     """What this process holds now."""
-    return _stat_of(os.getpid())[3]
+    return sum(_stat_of(os.getpid())[3:])
 
 
 def peak_rss_bytes() -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
 from ingest.cluster import connected_ray
-from ingest.index import index_cases
+from ingest.fetch import FetchConfig
+from ingest.index import index_cases, look_up_cases
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, training_dataset
 from ingest.stores.base import StoreConfig, Transport
@@ -20,16 +22,21 @@ from .work import Epoch, Tensors, Work
 
 
 @contextlib.contextmanager
-def opened(work: Work, transport: Transport) -> Iterator[Epoch]:
-    """One transport of voxflux."""
+def opened(
+    work: Work, transport: Transport, *, boxes: bool = False, slabs: Literal["auto", "never"] = "auto"
+) -> Iterator[Epoch]:
+    """One transport of voxflux; with `boxes` the manifest holds them, as `index --boxes` writes it once."""
     store = StoreConfig(transport=transport)
     manifest = index_cases(work.images, work.labels, store).manifest
+    if boxes:
+        manifest, _ = look_up_cases(manifest, store)
     data = DataConfig(
         seed=work.seed,
         holdout_fraction=0.0,
         crop=work.crop(),
         augment=work.augment(),
         store=choose_transport(manifest, store).store,
+        fetch=FetchConfig(slabs=slabs),
     )
     data = dataclasses.replace(data, images=manifest.images_uri, labels=manifest.labels_uri)
 

@@ -53,6 +53,14 @@ def test_ratios_are_those_of_the_rows_and_say_whether_they_hold():
     }
 
 
+def test_large_volumes_are_held_to_ratios_and_memory_of_their_own():
+    rows = [
+        row("ours-boxes", 0.0, 10, 90) | {"pair_kb": 147_000, "above_idle_mb": 2500},
+        row("ours-whole", 0.0, 2, 500) | {"pair_kb": 147_000, "above_idle_mb": 900},
+    ]
+    assert [(target["found"], target["held"]) for target in targets(rows)] == [(2500, False), (5.0, True)]
+
+
 def test_a_report_is_json_beside_a_picture_and_a_table(tmp_path: Path):
     report = Report(name="throughput", rows=ROWS, meta=meta_of(3, targets=targets(ROWS)))
     saved, picture = report.save(tmp_path / "deep" / "t.json", lambda axes: draw(axes, ROWS))
