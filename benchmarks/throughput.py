@@ -32,6 +32,7 @@ LOADERS: tuple[Loader, ...] = Loader.__args__  # type: ignore[attr-defined]
 OTHER_PEERS = ("torch-obstore", "litdata-raw", "mosaic")
 LOCAL = ("ours-local", "local-loop")
 IN_PART = ("ours-boxes", "ours-whole")  # differ from ours-auto only where volumes are large
+WARM_UP_S = 4.0
 LARGE_KB = 10 * 2**10  # of pairs whose images are read in part
 FIELDS = {
     "loader": "{}",
@@ -122,7 +123,7 @@ def open_loader(name: Loader, work: Work) -> Opened:
 
 
 def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """One epoch of one loader, in this process, after a small one that warms it up.
+    """One epoch of one loader, in this process, after small ones that warm it up.
 
     What is timed runs from asking for the epoch to its last batch as tensors; processes are up by then, connections
     open. CPU time is that of this process and all below it, between the same two instants. An epoch is never broken
@@ -133,7 +134,11 @@ def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str
     pairs, pair_bytes = size_of(what)
     with TreeMeter() as meter, open_loader(loader, what) as epoch:
         warm = max(what.batch, min(8 * what.batch, pairs // 4))
-        given, first_s, last_s = drain(epoch(warm), what)
+        started = time.monotonic()
+        while True:  # until all processes are up, have imported what they need and touched their memory
+            given, first_s, last_s = drain(epoch(warm), what)
+            if time.monotonic() - started > WARM_UP_S:
+                break
         limit = None
         if given > what.batch:
             likely = seconds * (given - what.batch) / (last_s - first_s)
