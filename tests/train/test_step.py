@@ -192,7 +192,7 @@ def test_ranks_exchange_gradients_once_a_step_however_many_parts_it_has(tmp_path
 
 def test_a_compiled_network_takes_the_same_steps() -> None:
     (image, label), *_ = batches(1, 4)
-    plain, compiled = (a_step(batch_size=2, accumulate=2, compile=compile) for compile in (False, True))
+    plain, compiled = (a_step(batch_size=2, accumulate=2, compile=wanted) for wanted in (False, True))
     for _ in range(2):
         one, other = plain(image, label, RATE), compiled(image, label, RATE)
         assert other.loss == pytest.approx(one.loss, abs=1e-5)
