@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ingest.augment import AugmentConfig
 from ingest.stores import open_store
 from tests.integration.test_train import quiet, tiny
 from train.audit import audit
@@ -78,10 +79,14 @@ def test_a_case_whose_loss_turns_nan_ends_the_run_by_its_name_and_no_start_is_wa
         for entry in source.list():
             target.put(entry.name, source.fetch([entry])[0])
     path = tmp_path / "set" / "images" / "case_00011_x.npy"
-    np.save(path, np.full_like(np.load(path), 3e38))  # finite, so it decodes; too large for the network
+    np.save(
+        path, np.full_like(np.load(path), 3e38)
+    )  # finite, so it decodes; brightness of 1.7 to 2.3 makes it infinite
     ledger = tmp_path / "ledger"
     options = {"evaluate_every": 0, "max_failures": -1, "ledger": str(ledger), "accumulate": 2}
     recipe = all_cases(tiny(f"{tmp_path}/set/", tmp_path / "run", **options))
+    augment = AugmentConfig(brightness_probability=1.0)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment=augment))
     with pytest.raises(NonFiniteError, match=r"not finite for 1 of its 16 cases: case_00011; look at") as caught:
         run(recipe, "tiny", quiet())
     assert caught.value.case_ids == ("case_00011",)

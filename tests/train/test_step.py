@@ -133,7 +133,7 @@ def test_a_checkpoint_of_another_precision_or_of_an_older_version_is_taken_up() 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_sample_that_turns_nan_is_told_from_the_others(precision: str) -> None:
     image, label = batches(1, 6)[0]
-    image[4] = 3e38
+    image[4] = math.inf
     result = a_step(batch_size=2, accumulate=3, precision=precision)(image, label, RATE)
     assert not result.finite
     assert [math.isfinite(loss) for loss in result.sample_losses] == [True] * 4 + [False, True]
@@ -169,7 +169,7 @@ def test_ranks_exchange_gradients_once_a_step_however_many_parts_it_has(tmp_path
         prepared = DistributedDataParallel(network)
         exchanged: list[int] = []
 
-        def count(_state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        def count(_state, bucket):  # torch wants annotations that are no strings, or none
             exchanged.append(bucket.index())
             done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
             done.set_result(bucket.buffer())
@@ -190,6 +190,7 @@ def test_ranks_exchange_gradients_once_a_step_however_many_parts_it_has(tmp_path
         torch.testing.assert_close(network.state_dict()[name], weight, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler imports what torch itself deprecates
 def test_a_compiled_network_takes_the_same_steps() -> None:
     (image, label), *_ = batches(1, 4)
     plain, compiled = (a_step(batch_size=2, accumulate=2, compile=wanted) for wanted in (False, True))
