@@ -50,6 +50,9 @@ class TrainerConfig:
     compile: bool = False
     """Put the network through torch.compile: a slow first step, and faster ones after it on most GPUs."""
 
+    compile_backend: str = "inductor"
+    """Of torch.compile. `aot_eager` captures the network and compiles nothing, which tells where a failure comes from."""
+
     torch_threads: int | None = None
     """Compute threads of a rank; None takes its whole CPUs, at least one."""
 

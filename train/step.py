@@ -59,7 +59,9 @@ class TrainStep:
         self.network = network
         self.optimizer = make_optimizer(network, recipe.optimizer)
         self._synchronised = prepared if isinstance(prepared, DistributedDataParallel) else None
-        self._model: Callable[[torch.Tensor], torch.Tensor] = torch.compile(prepared) if trainer.compile else prepared
+        self._model: Callable[[torch.Tensor], torch.Tensor] = prepared
+        if trainer.compile:
+            self._model = torch.compile(prepared, backend=trainer.compile_backend)
         self._layout = memory_format(recipe)
         self._loss_of = DiceCELoss()
         self._clip_norm = recipe.optimizer.clip_norm
@@ -97,14 +99,15 @@ class TrainStep:
         """
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        images, labels = image_NCDHW.split(self._micro_batch), label_N1DHW.split(self._micro_batch)
+        images, labels = (torch.split(whole, self._micro_batch) for whole in (image_NCDHW, label_N1DHW))
         losses_N: list[torch.Tensor] = []
         for number, (image, label) in enumerate(zip(images, labels, strict=True), start=1):
             with self._not_synchronised() if number < len(images) else contextlib.nullcontext():
                 with self._autocast():
                     logits = self._model(image.to(memory_format=self._layout))
                 losses = self._loss_of.by_sample(logits, label)
-                self._scaler.scale(losses.sum() / len(image_NCDHW)).backward()
+                loss = self._scaler.scale(losses.sum() / len(image_NCDHW))
+                loss.backward()  # type: ignore[no-untyped-call]  # torch's stub lacks it
             losses_N.append(losses.detach())
         self._scaler.unscale_(self.optimizer)
         norm = self._clipped_norm()

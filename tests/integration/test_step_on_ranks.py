@@ -34,10 +34,6 @@ def weights(run_dir: str) -> dict[str, torch.Tensor]:
     return load_state(run_dir, read_position(run_dir).checkpoint, "cpu")["model"]
 
 
-def step_of(folder: Path) -> int:
-    return json.loads((folder / "position.json").read_text())["step"]
-
-
 def test_two_parts_of_16_end_as_32_do_resumed_in_mid_epoch_on_other_ranks_or_not(places, tmp_path):
     options = {"evaluate_every": 0, "epochs": 2, "checkpoint_every_steps": 1, "checkpoints_kept": 9}
     recipe = all_cases(tiny(places.local, tmp_path / "whole", num_workers=1, batch_size=32, **options))
@@ -55,7 +51,8 @@ def test_two_parts_of_16_end_as_32_do_resumed_in_mid_epoch_on_other_ranks_or_not
         torch.testing.assert_close(weight, wanted[name], rtol=0, atol=1e-5)
 
     # Back to the middle of the second epoch, and on from there with two ranks, each taking its 16 in two parts of 8.
-    (middle,) = (folder for folder in Path(parts.run_dir).glob("checkpoint_*") if step_of(folder) == 3)
+    positions = Path(parts.run_dir).glob("checkpoint_*/position.json")
+    (middle,) = (file.parent for file in positions if json.loads(file.read_text())["step"] == 3)
     name_latest(parts.run_dir, middle.name)
     position = read_position(parts.run_dir)
     assert (position.epoch, position.step, len(position.before.indices)) == (1, 3, 32)

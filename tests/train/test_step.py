@@ -165,7 +165,7 @@ def test_a_gradient_that_is_not_finite_counts_though_the_loss_is_finite() -> Non
 def test_ranks_exchange_gradients_once_a_step_however_many_parts_it_has(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        network = a_network()
+        network = a_network().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         prepared = DistributedDataParallel(network)
         exchanged: list[int] = []
 
@@ -191,12 +191,16 @@ def test_ranks_exchange_gradients_once_a_step_however_many_parts_it_has(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler imports what torch itself deprecates
-def test_a_compiled_network_takes_the_same_steps() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_captured_network_takes_the_same_steps(precision: str) -> None:
+    # Inductor, the default, takes half a minute for its C++ here; what it compiles is what is captured.
     (image, label), *_ = batches(1, 4)
-    plain, compiled = (a_step(batch_size=2, accumulate=2, compile=wanted) for wanted in (False, True))
+    options = {"batch_size": 2, "accumulate": 2, "precision": precision, "compile_backend": "aot_eager"}
+    plain, compiled = (a_step(compile=wanted, **options) for wanted in (False, True))
     for _ in range(2):
         one, other = plain(image, label, RATE), compiled(image, label, RATE)
-        assert other.loss == pytest.approx(one.loss, abs=1e-5)
-        assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-3)
+        assert other.loss == pytest.approx(one.loss, abs=1e-5 if precision == "fp32" else 1e-2)
+        assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-3 if precision == "fp32" else 0.1)
     for name, weight in plain.network.state_dict().items():
-        torch.testing.assert_close(compiled.network.state_dict()[name], weight, rtol=0, atol=1e-4)
+        tolerance = 1e-4 if precision == "fp32" else 1e-2
+        torch.testing.assert_close(compiled.network.state_dict()[name], weight, rtol=0, atol=tolerance)
