@@ -69,16 +69,18 @@ def write(
     part: EpochPart,
     step: int,
     network: torch.nn.Module,
-    training: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
     recipe_json: str,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """Write this rank's share of a checkpoint; `training` is the state of its `TrainStep`."""
+    """Write this rank's share of a checkpoint."""
     (folder / f"{PROGRESS_PREFIX}{rank:05d}.npz").write_bytes(part.to_bytes())
     if rank != 0:
         return
     state = {
         "model": network.state_dict(),
-        **training,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else {},
         "torch_random": torch.get_rng_state(),
         "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "recipe": recipe_json,

@@ -50,8 +50,8 @@ class TrainerConfig:
     compile: bool = False
     """Put the network through torch.compile: a slow first step, and faster ones after it on most GPUs."""
 
-    compile_backend: str = "inductor"
-    """Of torch.compile. `aot_eager` captures the network and compiles nothing, which tells where a failure comes from."""
+    compile_backend: Literal["inductor", "aot_eager"] = "inductor"
+    """Of torch.compile. `aot_eager` captures the network and compiles nothing: it tells where a failure comes from."""
 
     torch_threads: int | None = None
     """Compute threads of a rank; None takes its whole CPUs, at least one."""
@@ -103,6 +103,8 @@ class TrainerConfig:
             raise ConfigError(f"trainer.cpus_per_worker must be above 0; got {self.cpus_per_worker}")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f"trainer.precision must be auto, fp32, bf16 or fp16; got {self.precision!r}")
+        if self.compile_backend not in ("inductor", "aot_eager"):
+            raise ConfigError(f"trainer.compile_backend must be inductor or aot_eager; got {self.compile_backend!r}")
         if self.torch_threads is not None and self.torch_threads < 1:
             raise ConfigError(f"trainer.torch_threads must be 1 or more; got {self.torch_threads}")
 

@@ -255,8 +255,9 @@ class RankLoop:
                 part=part,
                 step=self.step,
                 network=self.network,
-                training=self.take_step.state_dict(),
+                optimizer=self.take_step.optimizer,
                 recipe_json=self.recipe.to_json(),
+                scaler=self.take_step.scaler,
             )
             saved = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"row": row, "step": self.step}, checkpoint=saved)

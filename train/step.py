@@ -44,6 +44,7 @@ class TrainStep:
     Attributes:
         network: the bare network, whose weights are trained.
         optimizer: over its parameters.
+        scaler: of the loss, and enabled only with float16.
     """
 
     def __init__(self, network: nn.Module, prepared: nn.Module, recipe: Recipe, device: torch.device) -> None:
@@ -68,22 +69,18 @@ class TrainStep:
         self._micro_batch = trainer.batch_size
         precision = precision_on(recipe, device)
         self._autocast = autocast(precision, device)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     @property
     def loss_scale(self) -> float | None:
         """The factor of the loss that keeps float16 gradients in range; None in other precisions."""
-        return self._scaler.get_scale() if self._scaler.is_enabled() else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of the optimiser and the loss scale, for a checkpoint."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        return self.scaler.get_scale() if self.scaler.is_enabled() else None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave; a scale is left at its start where it was saved in another precision."""
+        """Take up a checkpoint's `optimizer` and `scaler`; one of another precision leaves the scale at its start."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("scaler"):
-            self._scaler.load_state_dict(state["scaler"])
+            self.scaler.load_state_dict(state["scaler"])
 
     def __call__(self, image_NCDHW: torch.Tensor, label_N1DHW: torch.Tensor, rate: float) -> StepResult:
         """Take one step.
@@ -106,13 +103,13 @@ class TrainStep:
                 with self._autocast():
                     logits = self._model(image.to(memory_format=self._layout))
                 losses = self._loss_of.by_sample(logits, label)
-                loss = self._scaler.scale(losses.sum() / len(image_NCDHW))
+                loss = self.scaler.scale(losses.sum() / len(image_NCDHW))
                 loss.backward()  # type: ignore[no-untyped-call]  # torch's stub lacks it
             losses_N.append(losses.detach())
-        self._scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
         norm = self._clipped_norm()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         *sample_losses, gradient_norm = torch.cat([*losses_N, norm.reshape(1)]).tolist()
         finite = all(map(math.isfinite, sample_losses)) and (math.isfinite(gradient_norm) or self._scale_can_fall())
         return StepResult(math.fsum(sample_losses) / len(sample_losses), sample_losses, gradient_norm, finite)

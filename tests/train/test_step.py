@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ingest.progress import EpochPart
+from train import checkpoint
 from train.config import Recipe, TrainerConfig
 from train.loss import DiceCELoss
 from train.optimizer import OptimizerConfig
@@ -105,28 +109,45 @@ def test_half_precision_stays_close_and_keeps_weights_in_float32(precision: str)
     assert {weight.dtype for weight in half.network.state_dict().values()} == {torch.float32}
 
 
-def test_a_float16_gradient_that_overflows_leaves_the_weights_and_halves_the_scale_which_checkpoints_keep() -> None:
+def saved(step: TrainStep, folder: Path) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint of this step is given."""
+    folder.mkdir()
+    checkpoint.write(
+        folder,
+        rank=0,
+        part=EpochPart(0, np.zeros(0, np.int64)),
+        step=1,
+        network=step.network,
+        optimizer=step.optimizer,
+        recipe_json="{}",
+        scaler=step.scaler,
+    )
+    return checkpoint.load_state(str(folder.parent), folder.name, CPU)
+
+
+def test_a_float16_gradient_that_overflows_leaves_the_weights_and_halves_the_scale_which_checkpoints_keep(
+    tmp_path: Path,
+) -> None:
     step = a_step(batch_size=4, precision="fp16")
     assert step.loss_scale == 2.0**16
-    state = step.state_dict()
-    state["scaler"]["scale"] = 2.0**100
-    resumed = a_step(batch_size=4, precision="fp16")
-    resumed.load_state_dict(state)
-    assert resumed.loss_scale == 2.0**100
-    before = {name: weight.clone() for name, weight in resumed.network.state_dict().items()}
-    result = resumed(*batches(1, 4)[0], RATE)
+    step.scaler.load_state_dict(step.scaler.state_dict() | {"scale": 2.0**100})
+    before = {name: weight.clone() for name, weight in step.network.state_dict().items()}
+    result = step(*batches(1, 4)[0], RATE)
     assert result.finite
     assert not math.isfinite(result.gradient_norm)
+    assert step.loss_scale == 2.0**99
+    assert all(torch.equal(weight, before[name]) for name, weight in step.network.state_dict().items())
+    resumed = a_step(batch_size=4, precision="fp16")
+    resumed.load_state_dict(saved(step, tmp_path / "one"))
     assert resumed.loss_scale == 2.0**99
-    assert all(torch.equal(weight, before[name]) for name, weight in resumed.network.state_dict().items())
 
 
-def test_a_checkpoint_of_another_precision_or_of_an_older_version_is_taken_up() -> None:
+def test_a_checkpoint_of_another_precision_or_of_an_older_version_is_taken_up(tmp_path: Path) -> None:
     full, half = a_step(precision="fp32"), a_step(precision="fp16")
     assert full.loss_scale is None
-    half.load_state_dict(full.state_dict())
+    half.load_state_dict(saved(full, tmp_path / "full"))
     assert half.loss_scale == 2.0**16
-    full.load_state_dict(half.state_dict())
+    full.load_state_dict(saved(half, tmp_path / "half"))
     half.load_state_dict({"optimizer": full.optimizer.state_dict()})
 
 
