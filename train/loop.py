@@ -183,7 +183,7 @@ class RankLoop:
                 )
             done += 1
             samples += len(indices)
-            recorder.add(indices, result.loss)
+            recorder.add(indices, result.loss * len(indices))
             self.ledger.append(epoch=epoch, step=self.step, indices=indices)
             every = trainer.checkpoint_every_steps
             if stop or (every is not None and done % every == 0 and done < steps_per_epoch):
@@ -206,7 +206,7 @@ class RankLoop:
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
-            "train_loss": loss_sum / steps,
+            "train_loss": loss_sum / trained,
             "learning_rate": rate,
             "samples": int(samples),
             "samples_per_s": timing.samples_per_s,
