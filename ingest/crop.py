@@ -2,13 +2,14 @@
 
 Source of the law: mlcommons/training, retired_benchmarks/unet3d/pytorch, `RandBalancedCrop` (FACTS section 4).
 One deviation, on by default: a random crop may also start at the last place that fits, which the reference never
-picks; `last_start=False` gives the reference.
+picks; `random_starts="mlperf"` gives the reference.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,14 +33,17 @@ class CropConfig:
     foreground_probability: float = 0.4
     """Share of crops that are placed around a foreground component (MLPerf `oversampling`)."""
 
-    last_start: bool = True
-    """Whether a random crop may start at the last place that fits; the MLPerf code leaves it out by a slip."""
+    random_starts: Literal["all", "mlperf"] = "all"
+    """Where a random crop may start: `all` places that fit, or, as `mlperf` has it by a slip, all but the last of each
+    axis."""
 
     def __post_init__(self) -> None:
         if len(self.patch) != 3 or any(length < 1 for length in self.patch):
             raise ConfigError(f"patch must be three lengths of 1 or more (D, H, W); got {self.patch}")
         if not 0 <= self.foreground_probability <= 1:
             raise ConfigError(f"foreground_probability must be from 0 to 1; got {self.foreground_probability}")
+        if self.random_starts not in ("all", "mlperf"):
+            raise ConfigError(f"random_starts must be all or mlperf; got {self.random_starts!r}")
 
 
 def foreground_boxes(label_1DHW: npt.NDArray[np.uint8]) -> Boxes:
@@ -100,7 +104,7 @@ def draw_start(
             box = candidates[_below(len(candidates), uniforms[2])]
             d, h, w = (_around(box[axis], config.patch[axis], shape[axis], uniforms[3 + axis]) for axis in range(3))
             return d, h, w
-    extra = 1 if config.last_start else 0
+    extra = 1 if config.random_starts == "all" else 0
     d, h, w = (_below(max(1, shape[axis] - config.patch[axis] + extra), uniforms[3 + axis]) for axis in range(3))
     return d, h, w
 

@@ -18,7 +18,7 @@ class EpochPart:
     Attributes:
         epoch: which one.
         indices: (n,) int64, the cases trained on, in the order they were.
-        loss_sum: sum of the steps' losses.
+        loss_sum: sum of the cases' losses.
         steps: optimiser steps that took part.
     """
 
@@ -88,7 +88,7 @@ class EpochRecorder:
         self._steps = before.steps if before is not None and mine else 0
 
     def add(self, indices: Indices, loss: float) -> None:
-        """Record one step.
+        """Record one step; `loss` is the sum of its cases' losses.
 
         Raises:
             RuntimeError: a case was trained on already in this epoch.

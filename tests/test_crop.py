@@ -12,12 +12,12 @@ from ingest.errors import ConfigError
 lengths = st.tuples(*[st.integers(1, 12)] * 3)
 
 
-@given(lengths, lengths, st.integers(0, 2**32), st.floats(0, 1), st.booleans())
-def test_a_patch_always_lies_inside_the_volume(patch, extra, seed, probability, last_start):
+@given(lengths, lengths, st.integers(0, 2**32), st.floats(0, 1), st.sampled_from(["all", "mlperf"]))
+def test_a_patch_always_lies_inside_the_volume(patch, extra, seed, probability, random_starts):
     rng = np.random.default_rng(seed)
     shape = tuple(p + e - 1 for p, e in zip(patch, extra, strict=True))
     label = (rng.random((1, *shape)) < rng.random() * 0.5).astype(np.uint8) * 2
-    config = CropConfig(patch=patch, foreground_probability=probability, last_start=last_start)
+    config = CropConfig(patch=patch, foreground_probability=probability, random_starts=random_starts)
     for _ in range(5):
         start = draw_start(shape, lambda: foreground_boxes(label), config, rng.random(6))
         assert all(0 <= s <= n - p for s, n, p in zip(start, shape, patch, strict=True))
@@ -68,7 +68,7 @@ def test_a_case_without_foreground_is_cropped_at_random_and_reaches_both_ends():
 
 
 def test_the_reference_never_picks_the_last_start_and_can_be_had():
-    config = CropConfig(patch=(4, 4, 4), foreground_probability=0, last_start=False)
+    config = CropConfig(patch=(4, 4, 4), foreground_probability=0, random_starts="mlperf")
     rng = np.random.default_rng(0)
     starts = np.array([draw_start((6, 6, 4), tuple, config, rng.random(6)) for _ in range(300)])
     assert np.array_equal(np.unique(starts[:, 0]), [0, 1])
@@ -83,7 +83,9 @@ def test_boxes_are_not_looked_for_when_the_crop_is_a_random_one():
     assert draw_start((2, 2, 2), never, config, np.zeros(6)) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("bad", [{"patch": (0, 64, 64)}, {"foreground_probability": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"patch": (0, 64, 64)}, {"foreground_probability": 1.5}, {"random_starts": "reference"}]
+)
 def test_crop_config_rejects_what_cannot_be_cut(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         CropConfig(**bad)

@@ -1,6 +1,6 @@
 """What a checkpoint holds, how it is written, and which one a run goes on from.
 
-A checkpoint is a folder: `state.pt` (model, optimiser, random states) and `position.json` by rank 0, and
+A checkpoint is a folder: `state.pt` (model, optimiser, loss scale, random states) and `position.json` by rank 0, and
 `progress-RANK.npz` by every rank: the cases it trained on in the epoch under way. Ray Train stores the folder and then
 tells the controller, which only then names it in RUN_DIR/latest.json, in one step. Data and model both go on from
 what latest.json names, so they cannot disagree, and a crash at any instant leaves the last whole checkpoint named.
@@ -71,6 +71,7 @@ def write(
     network: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     recipe_json: str,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Write this rank's share of a checkpoint."""
     (folder / f"{PROGRESS_PREFIX}{rank:05d}.npz").write_bytes(part.to_bytes())
@@ -79,6 +80,7 @@ def write(
     state = {
         "model": network.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else {},
         "torch_random": torch.get_rng_state(),
         "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "recipe": recipe_json,

@@ -28,7 +28,11 @@ class TrainerConfig:
     """Whether each rank takes a GPU; None takes one where the cluster has enough of them."""
 
     batch_size: int = 32
-    """Samples a rank and step."""
+    """Samples that a rank puts through the network at once."""
+
+    accumulate: int = 1
+    """Batches of `batch_size` whose gradients make one step: 2 of 16 train as 1 of 32 does, in half the memory, but for
+    batch norm, which normalises each by itself."""
 
     epochs: int = 100
     """Passes over the training cases."""
@@ -39,8 +43,15 @@ class TrainerConfig:
     evaluate_every: int = 1
     """Epochs from one scoring to the next; the last epoch is always scored. 0 never scores."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the forward pass: bf16 autocast, or none; auto is bf16 on GPUs that have it, fp32 elsewhere."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the forward pass: autocast to bf16, or to fp16 with a loss scale, or none; auto is bf16 on GPUs that have it,
+    fp32 elsewhere."""
+
+    compile: bool = False
+    """Put the network through torch.compile: a slow first step, and faster ones after it on most GPUs."""
+
+    compile_backend: Literal["inductor", "aot_eager"] = "inductor"
+    """Of torch.compile. `aot_eager` captures the network and compiles nothing: it tells where a failure comes from."""
 
     torch_threads: int | None = None
     """Compute threads of a rank; None takes its whole CPUs, at least one."""
@@ -82,7 +93,7 @@ class TrainerConfig:
             raise ConfigError(
                 f"trainer.max_workers must be at least num_workers, {self.num_workers}; got {self.max_workers}"
             )
-        for field in ("num_workers", "batch_size", "epochs"):
+        for field in ("num_workers", "batch_size", "accumulate", "epochs"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"trainer.{field} must be 1 or more; got {getattr(self, field)}")
         for field in ("evaluate_from", "evaluate_every", "prefetch_batches"):
@@ -90,15 +101,22 @@ class TrainerConfig:
                 raise ConfigError(f"trainer.{field} must be 0 or more; got {getattr(self, field)}")
         if self.cpus_per_worker <= 0:
             raise ConfigError(f"trainer.cpus_per_worker must be above 0; got {self.cpus_per_worker}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ConfigError(f"trainer.precision must be auto, fp32 or bf16; got {self.precision!r}")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise ConfigError(f"trainer.precision must be auto, fp32, bf16 or fp16; got {self.precision!r}")
+        if self.compile_backend not in ("inductor", "aot_eager"):
+            raise ConfigError(f"trainer.compile_backend must be inductor or aot_eager; got {self.compile_backend!r}")
         if self.torch_threads is not None and self.torch_threads < 1:
             raise ConfigError(f"trainer.torch_threads must be 1 or more; got {self.torch_threads}")
 
     @property
+    def step_batch(self) -> int:
+        """Samples of one rank in one optimiser step."""
+        return self.batch_size * self.accumulate
+
+    @property
     def least_step_cases(self) -> int:
         """Cases of one step over the fewest ranks that the run may have: what both the plan and the ranks go by."""
-        return self.batch_size * self.num_workers
+        return self.step_batch * self.num_workers
 
     def evaluates(self, epoch: int) -> bool:
         """Whether held-out cases are scored after this epoch."""

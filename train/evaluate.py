@@ -1,8 +1,8 @@
 """Whole-volume inference by a sliding window, and the score of a case.
 
 Source: mlcommons/training, retired_benchmarks/unet3d/pytorch, `runtime/inference.py` (FACTS section 4), with its
-known defects left out: no voxel goes unscored, and padding is the volume's own minimum. Pure torch: one process,
-one volume at a time. Legend: C channels, K classes, D H W space, B windows at once.
+known defects left out unless they are asked for: no voxel goes unscored, and padding is the volume's own minimum. Pure
+torch: one process, one volume at a time. Legend: C channels, K classes, D H W space, B windows at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from ingest.errors import ConfigError
 from .loss import dice_by_class
 
 Shape = tuple[int, int, int]
+MLPERF_PADDING = -2.2
+"""What MLPerf pads with: near the smallest value of a normalised KiTS19 image, which is (-79 - 101) / 76.9 = -2.34."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +42,14 @@ class SlidingWindowConfig:
     window_batch: int = 4
     """Windows through the network at once; changes memory and speed, not the result."""
 
+    coverage: Literal["all", "mlperf"] = "all"
+    """`all`: windows end flush with the volume, and every voxel is scored. `mlperf`: on an axis that is less than half
+    a step of windows longer than a multiple of the step, that remainder is cut off and goes unscored, up to 31 voxels
+    of 64; a longer remainder is padded up to a whole step."""
+
+    padding: Literal["minimum", "mlperf"] = "minimum"
+    """What a volume is padded with: each channel's own smallest value, or MLPerf's -2.2."""
+
     def __post_init__(self) -> None:
         if len(self.roi) != 3 or any(length < 1 for length in self.roi):
             raise ConfigError(f"roi must be three lengths of 1 or more voxels (D, H, W); got {self.roi}")
@@ -48,6 +59,10 @@ class SlidingWindowConfig:
             raise ConfigError(f"sigma_scale must be above 0; got {self.sigma_scale}")
         if self.window_batch < 1:
             raise ConfigError(f"window_batch must be 1 or more windows; got {self.window_batch}")
+        if self.coverage not in ("all", "mlperf"):
+            raise ConfigError(f"coverage must be all or mlperf; got {self.coverage!r}")
+        if self.padding not in ("minimum", "mlperf"):
+            raise ConfigError(f"padding must be minimum or mlperf; got {self.padding!r}")
 
 
 def importance_window(roi: Shape, sigma_scale: float) -> torch.Tensor:
@@ -84,9 +99,28 @@ def window_starts(length: int, roi_length: int, overlap: float) -> list[int]:
     Returns:
         Ascending starts; the windows cover every voxel.
     """
-    step = max(1, int(roi_length * (1 - overlap)))
     last = length - roi_length
-    return [*range(0, last, step), last]
+    return [*range(0, last, _step(roi_length, overlap)), last]
+
+
+def scored_region(shape: Sequence[int], config: SlidingWindowConfig) -> tuple[slice, slice, slice]:
+    """The part of a volume of (D, H, W) that is scored: all of it, unless `coverage` is `mlperf`.
+
+    MLPerf leaves out the remainder of each axis by the windows' step if it is below half a step, half of it at each
+    end. An axis shorter than a step, which MLPerf's data never have, stays whole.
+    """
+    parts = []
+    for length, roi_length in zip(shape, config.roi, strict=True):
+        step = _step(roi_length, config.overlap)
+        rest = length % step if config.coverage == "mlperf" and length > step else 0
+        cut = rest if rest < step // 2 else 0
+        parts.append(slice(cut // 2, length - (cut - cut // 2)))
+    return parts[0], parts[1], parts[2]
+
+
+def _step(roi_length: int, overlap: float) -> int:
+    """From one window's start to the next one's."""
+    return max(1, int(roi_length * (1 - overlap)))
 
 
 def sliding_window_logits(model: nn.Module, image_CDHW: torch.Tensor, config: SlidingWindowConfig) -> torch.Tensor:
@@ -99,12 +133,13 @@ def sliding_window_logits(model: nn.Module, image_CDHW: torch.Tensor, config: Sl
 
     Args:
         model: Maps (B, C, *roi) to (B, K, *roi).
-        image_CDHW: (C, D, H, W) float; an axis shorter than the window is padded, half on each side, with the
-            channel's smallest value, and the logits are cropped back.
+        image_CDHW: (C, D, H, W) float; an axis shorter than the window is padded, half on each side, as
+            `config.padding` says, and the logits are cropped back.
         config: The windows.
 
     Returns:
-        (K, D, H, W) float32 logits on the image's device.
+        (K, D, H, W) float32 logits on the image's device; 0 for every class outside `scored_region`, which makes
+        the arg-max background there.
 
     Raises:
         ConfigError: if the image is not four-dimensional, or the network cannot take the window.
@@ -117,7 +152,8 @@ def sliding_window_logits(model: nn.Module, image_CDHW: torch.Tensor, config: Sl
     model.eval()
     try:
         with torch.inference_mode():
-            padded_CDHW, inside = _pad(image_CDHW, config.roi)
+            region = scored_region(image_CDHW.shape[1:], config)
+            padded_CDHW, inside = _pad(image_CDHW[:, region[0], region[1], region[2]], config)
             weight_DHW = importance_window(config.roi, config.sigma_scale).to(image_CDHW.device)
             total_KDHW: torch.Tensor | None = None
             norm_DHW = weight_DHW.new_zeros(padded_CDHW.shape[1:])
@@ -133,7 +169,12 @@ def sliding_window_logits(model: nn.Module, image_CDHW: torch.Tensor, config: Sl
                     norm_DHW[d, h, w] += weight_DHW
             assert total_KDHW is not None  # there is always at least one window
             total_KDHW /= norm_DHW
-            return total_KDHW[:, inside[0], inside[1], inside[2]].contiguous()
+            scored_KDHW = total_KDHW[:, inside[0], inside[1], inside[2]].contiguous()
+            if scored_KDHW.shape[1:] == image_CDHW.shape[1:]:
+                return scored_KDHW
+            logits_KDHW = scored_KDHW.new_zeros((len(scored_KDHW), *image_CDHW.shape[1:]))
+            logits_KDHW[:, region[0], region[1], region[2]] = scored_KDHW
+            return logits_KDHW
     finally:
         model.train(was_training)
 
@@ -150,7 +191,8 @@ def score_case(
         config: The windows.
 
     Returns:
-        (K-1,) float64: hard Dice of classes 1 to K-1 on the arg-max; see `dice_by_class` for absent classes.
+        (K-1,) float64: hard Dice of classes 1 to K-1 on the arg-max, over `scored_region`; see `dice_by_class` for
+        absent classes.
 
     Raises:
         ConfigError: as `sliding_window_logits`.
@@ -159,6 +201,9 @@ def score_case(
     logits_KDHW = sliding_window_logits(model, image_CDHW, config)
     prediction_1DHW = logits_KDHW.argmax(dim=0, keepdim=True)
     label_1DHW = label_1DHW.to(prediction_1DHW.device)
+    if prediction_1DHW.shape == label_1DHW.shape:  # dice_by_class refuses others
+        region = (slice(None), *scored_region(prediction_1DHW.shape[1:], config))
+        prediction_1DHW, label_1DHW = prediction_1DHW[region], label_1DHW[region]
     dice: npt.NDArray[np.float64] = dice_by_class(prediction_1DHW[None], label_1DHW[None], len(logits_KDHW)).numpy()[0]
     return dice
 
@@ -172,16 +217,24 @@ def _windows(shape: Sequence[int], config: SlidingWindowConfig) -> list[tuple[sl
     return list(itertools.product(axes[0], axes[1], axes[2]))
 
 
-def _pad(image_CDHW: torch.Tensor, roi: Shape) -> tuple[torch.Tensor, list[slice]]:
-    """The image with every axis at least as long as the window, and where in it the image lies."""
-    inside = []
-    for length, wanted in zip(image_CDHW.shape[1:], roi, strict=True):
-        before = max(0, wanted - length) // 2
+def _pad(image_CDHW: torch.Tensor, config: SlidingWindowConfig) -> tuple[torch.Tensor, list[slice]]:
+    """The image with every axis at least as long as the window, and where in it the image lies.
+
+    With MLPerf's coverage an axis that is longer grows by whole steps, so that the last window starts at one.
+    """
+    inside, shape = [], []
+    for length, roi_length in zip(image_CDHW.shape[1:], config.roi, strict=True):
+        wanted = max(length, roi_length)
+        if config.coverage == "mlperf":
+            wanted += (roi_length - wanted) % _step(roi_length, config.overlap)
+        before = (wanted - length) // 2
         inside.append(slice(before, before + length))
-    shape = [max(length, wanted) for length, wanted in zip(image_CDHW.shape[1:], roi, strict=True)]
+        shape.append(wanted)
     if shape == list(image_CDHW.shape[1:]):
         return image_CDHW, inside
     lowest_C111 = image_CDHW.amin(dim=(1, 2, 3), keepdim=True)
+    if config.padding == "mlperf":
+        lowest_C111 = torch.full_like(lowest_C111, MLPERF_PADDING)
     padded_CDHW = lowest_C111.expand(-1, *shape).clone()
     padded_CDHW[:, inside[0], inside[1], inside[2]] = image_CDHW
     return padded_CDHW, inside

@@ -106,9 +106,11 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             stop_flag=make_flag(),
             quarantine=quarantine,
         )
+        trainer = recipe.trainer
+        batch = f"{trainer.accumulate} x {trainer.batch_size}" if trainer.accumulate > 1 else f"{trainer.batch_size}"
         console.print(
             f"{len(train)} cases to train on, {len(held_out)} held out; {recipe.trainer.num_workers} "
-            f"{'GPU' if use_gpu else 'CPU'} ranks of batch {recipe.trainer.batch_size}; run folder {run_dir}"
+            f"{'GPU' if use_gpu else 'CPU'} ranks of batch {batch}; run folder {run_dir}"
         )
         if resumed:
             position = read_position(run_dir)
@@ -205,7 +207,7 @@ def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
         first_epoch=position.epoch,
         consumed=position.before.indices,
         multiple=multiple,
-        batch=trainer.batch_size,
+        batch=trainer.step_batch,
         ranks=trainer.num_workers if known else 1,
         quarantine=job.quarantine,
     )

@@ -45,7 +45,7 @@ class Ledger:
             attempt: one name for all ranks, from `attempt_name`.
             rank: of this process.
             world_size: ranks of this attempt.
-            batch_size: samples a rank and step.
+            batch_size: samples a rank and optimiser step.
             step: steps that the checkpoint covers, from which this attempt goes on.
             checkpoint: its name; None at the start of the run.
         """

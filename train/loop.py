@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import tempfile
@@ -28,9 +27,10 @@ from ingest.stall import StallMeter
 
 from . import checkpoint
 from .config import Recipe
+from .finite import stop_run
 from .ledger import Ledger, attempt_name
-from .loss import DiceCELoss
-from .optimizer import learning_rate_at, make_optimizer, set_learning_rate
+from .optimizer import learning_rate_at
+from .step import TrainStep, memory_format
 from .stop import StopWatch, give_up
 from .unet3d import UNet3D
 from .validate import Holdout, evaluate, gather
@@ -88,6 +88,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
     Raises:
         ConfigError: an epoch left this rank without a single whole batch.
+        NonFiniteError: a step's loss or gradient is NaN or infinite.
         RuntimeError: Ray Data delivered another epoch than the one that is trained, or a case twice.
     """
     job: LoopJob = config["job"]
@@ -117,15 +118,10 @@ class RankLoop:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(self.recipe.data.seed)
-        layout = torch.channels_last_3d if trainer.channels_last else torch.contiguous_format
         self.network = UNet3D(self.recipe.model)
-        self.network.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
-        self.layout = layout
-        self.model = ray.train.torch.prepare_model(self.network)
-        self.optimizer = make_optimizer(self.network, self.recipe.optimizer)
-        self.loss_of = DiceCELoss()
-        self.precision = autocast(self.recipe, self.device)
-        self.step_cases = trainer.batch_size * self.world_size
+        self.network.to(memory_format=memory_format(self.recipe))  # type: ignore[call-overload]  # torch's stub lacks it
+        self.take_step = TrainStep(self.network, ray.train.torch.prepare_model(self.network), self.recipe, self.device)
+        self.step_cases = trainer.step_batch * self.world_size
         bad = job.bad_cases()
         self.position = checkpoint.read_position(job.run_dir).skip_finished(
             job.train_cases - bad, trainer.least_step_cases
@@ -133,7 +129,7 @@ class RankLoop:
         if self.position.checkpoint is not None:
             state = checkpoint.load_state(job.run_dir, self.position.checkpoint, self.device)
             self.network.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.take_step.load_state_dict(state)
             torch.set_rng_state(state["torch_random"].cpu())
             if self.device.type == "cuda" and state["cuda_random"] is not None:
                 torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
@@ -143,7 +139,7 @@ class RankLoop:
             attempt=gather(attempt_name())[0],
             rank=self.rank,
             world_size=self.world_size,
-            batch_size=trainer.batch_size,
+            batch_size=trainer.step_batch,
             step=self.step,
             checkpoint=self.position.checkpoint,
         )
@@ -165,20 +161,30 @@ class RankLoop:
         recorder = EpochRecorder(epoch, self.job.total_cases, before, keeps_before=self.rank == 0)
         done = len(before.indices) // self.step_cases if before is not None else 0
         steps_per_epoch = max(1, self.job.train_cases // self.step_cases)
-        self.model.train()
+        self.network.train()
         samples = rate = 0.0
         meter = StallMeter(time.perf_counter)
         for batch in meter.steps(self.batches(shard)):
             check_epoch(batch, epoch)
             rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
-            loss = self.train_step(batch, rate)
+            result = self.take_step(batch["image"], batch["label"], rate)
             indices = batch["index"].cpu().numpy()
+            stop, finite = self.stop_watch.agreed(finite=result.finite)
             self.step += 1
+            if not finite:
+                stop_run(
+                    result,
+                    indices.tolist(),
+                    epoch=epoch,
+                    step=self.step,
+                    rate=rate,
+                    run_dir=self.job.run_dir,
+                    rank=self.rank,
+                )
             done += 1
             samples += len(indices)
-            recorder.add(indices, loss)
+            recorder.add(indices, result.loss * len(indices))
             self.ledger.append(epoch=epoch, step=self.step, indices=indices)
-            stop = self.stop_watch.agreed()
             every = trainer.checkpoint_every_steps
             if stop or (every is not None and done % every == 0 and done < steps_per_epoch):
                 with meter.aside():
@@ -192,14 +198,15 @@ class RankLoop:
         trained, loss_sum, steps = (sum(values) for values in zip(*everyones, strict=True))
         if steps == 0:
             raise ConfigError(
-                f"expected at least one batch of {trainer.batch_size} a rank in epoch {epoch}, found "
-                f"{self.job.train_cases} cases for {self.world_size} ranks; lower --trainer.batch-size or add cases"
+                f"expected at least one step of {trainer.step_batch} samples a rank in epoch {epoch}, found "
+                f"{self.job.train_cases} cases for {self.world_size} ranks; lower --trainer.batch-size or "
+                "--trainer.accumulate, or add cases"
             )
         bad = self.job.bad_cases()
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
-            "train_loss": loss_sum / steps,
+            "train_loss": loss_sum / trained,
             "learning_rate": rate,
             "samples": int(samples),
             "samples_per_s": timing.samples_per_s,
@@ -211,6 +218,8 @@ class RankLoop:
             "quarantined": bad,
             "tail": max(0, self.job.train_cases - trained - bad),
         }
+        if self.take_step.loss_scale is not None:
+            row["loss_scale"] = self.take_step.loss_scale
         if trainer.evaluates(epoch):
             scores = evaluate(
                 self.network,
@@ -224,23 +233,10 @@ class RankLoop:
         self.save_and_report(EpochPart(epoch + 1, np.zeros(0, dtype=np.int64)), row)
         return True
 
-    def train_step(self, batch: Batch, rate: float) -> float:
-        """One optimiser step; returns the loss, which waits for the device, so that compute is timed as compute."""
-        set_learning_rate(self.optimizer, rate)
-        with self.precision():
-            logits = self.model(batch["image"].to(memory_format=self.layout))
-        loss = self.loss_of(logits, batch["label"])
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.recipe.optimizer.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.optimizer.clip_norm)
-        self.optimizer.step()
-        return float(loss.detach())
-
     def batches(self, shard: DataIterator) -> Iterator[Batch]:
-        """This rank's batches of one epoch, on its device."""
+        """This rank's batches of one epoch, a step's each, on its device."""
         iterable = shard.iter_torch_batches(
-            batch_size=self.recipe.trainer.batch_size,
+            batch_size=self.recipe.trainer.step_batch,
             prefetch_batches=self.recipe.trainer.prefetch_batches,
             drop_last=True,
             collate_fn=ToTensors(),
@@ -259,8 +255,9 @@ class RankLoop:
                 part=part,
                 step=self.step,
                 network=self.network,
-                optimizer=self.optimizer,
+                optimizer=self.take_step.optimizer,
                 recipe_json=self.recipe.to_json(),
+                scaler=self.take_step.scaler,
             )
             saved = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"row": row, "step": self.step}, checkpoint=saved)
@@ -279,16 +276,6 @@ def check_epoch(batch: Batch, epoch: int) -> None:
             f"expected samples of epoch {epoch}, found some of epoch {found}: Ray counts executions of a data set "
             "otherwise than 2.60 does; install the Ray of constraints.txt"
         )
-
-
-def autocast(recipe: Recipe, device: torch.device) -> Any:
-    """A factory of the contexts that the forward pass runs in."""
-    wanted = recipe.trainer.precision
-    if wanted == "auto":
-        wanted = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if wanted == "fp32":
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def barrier() -> None:

@@ -63,12 +63,23 @@ class DiceCELoss(nn.Module):
         Raises:
             ValueError: if the shapes do not belong together.
         """
+        return self.by_sample(logits_NKDHW, label_N1DHW).mean()
+
+    def by_sample(self, logits_NKDHW: torch.Tensor, label_N1DHW: torch.Tensor) -> torch.Tensor:
+        """The loss of each sample: the batch's is their mean, since all have the same number of voxels.
+
+        Args and raises as for `forward`.
+
+        Returns:
+            (N,) float32.
+        """
         _check_shapes(logits_NKDHW, label_N1DHW)
         with torch.autocast(logits_NKDHW.device.type, enabled=False):
             log_probability_NKDHW = F.log_softmax(logits_NKDHW.float(), dim=1)
-            cross_entropy = F.nll_loss(log_probability_NKDHW, label_N1DHW[:, 0].long())
-            dice_loss = (1 - dice_score(log_probability_NKDHW.exp(), label_N1DHW)).mean()
-            return (dice_loss + cross_entropy) / 2
+            # Unreduced: the reductions of nll_loss have no deterministic form on GPUs.
+            entropy_NDHW = F.nll_loss(log_probability_NKDHW, label_N1DHW[:, 0].long(), reduction="none")
+            dice_loss_N = (1 - dice_score(log_probability_NKDHW.exp(), label_N1DHW)).mean(dim=1)
+            return (dice_loss_N + entropy_NDHW.mean(dim=(1, 2, 3))) / 2
 
 
 def dice_by_class(prediction_N1DHW: torch.Tensor, label_N1DHW: torch.Tensor, num_classes: int) -> torch.Tensor:

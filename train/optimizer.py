@@ -50,10 +50,7 @@ class OptimizerConfig:
     """How often the rate changes: once an epoch as MLPerf does, or every step, for runs of a few epochs."""
 
     clip_norm: float | None = None
-    """Largest L2 norm of all gradients together, applied by the loop; None for no clipping."""
-
-    accumulate_steps: int = 1
-    """Batches whose gradients are averaged into one step, by the loop."""
+    """Largest L2 norm of all gradients together, applied by the step; None for no clipping."""
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adamw"):
@@ -77,8 +74,6 @@ class OptimizerConfig:
             raise ConfigError(f"update must be epoch or step; got {self.update!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"clip_norm must be above 0, or None; got {self.clip_norm}")
-        if self.accumulate_steps < 1:
-            raise ConfigError(f"accumulate_steps must be 1 or more; got {self.accumulate_steps}")
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

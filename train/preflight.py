@@ -78,8 +78,9 @@ def check_amount(recipe: Recipe, train_cases: int, held_out: int) -> None:
     wanted = recipe.trainer.least_step_cases
     if wanted > train_cases:
         raise ConfigError(
-            f"expected at least {wanted} training cases, one batch of {recipe.trainer.batch_size} for each of "
-            f"{recipe.trainer.num_workers} ranks, found {train_cases}; lower --trainer.batch-size or add cases"
+            f"expected at least {wanted} training cases, one step of {recipe.trainer.step_batch} for each of "
+            f"{recipe.trainer.num_workers} ranks, found {train_cases}; lower --trainer.batch-size or "
+            "--trainer.accumulate, or add cases"
         )
 
 

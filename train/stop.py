@@ -79,13 +79,21 @@ class StopWatch:
             while not self._done.wait(POLL_S) and not self._asked:
                 self._asked = bool(ray.get(self._flag.is_set.remote()))  # type: ignore[union-attr]
 
-    def agreed(self) -> bool:
-        """Whether to stop after this step: the same answer on every rank, since all stop if one was asked."""
+    def agreed(self, *, finite: bool = True) -> tuple[bool, bool]:
+        """What all ranks agree on after a step, in one exchange: the same answers on every rank.
+
+        Args:
+            finite: whether this rank's step was.
+
+        Returns:
+            Whether to stop after this step, since one of them was asked to; and whether the step was finite on all.
+        """
         if not torch.distributed.is_initialized():
-            return self._asked
-        vote = torch.tensor([float(self._asked)], device=self._device)
-        torch.distributed.all_reduce(vote)
-        return bool(vote.item() > 0)
+            return self._asked, finite
+        votes = torch.tensor([float(self._asked), float(not finite)], device=self._device)
+        torch.distributed.all_reduce(votes)
+        asked, broken = votes.tolist()
+        return asked > 0, broken == 0
 
     def close(self) -> None:
         """End the asking."""

@@ -99,7 +99,6 @@ def test_a_set_rate_is_the_one_that_steps() -> None:
         ({"lr_decay_epochs": (100,)}, "after the warm-up"),
         ({"update": "batch"}, "update"),
         ({"clip_norm": 0}, "clip_norm"),
-        ({"accumulate_steps": 0}, "accumulate_steps"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_construction(fields: dict[str, object], named: str) -> None:

@@ -100,7 +100,11 @@ def test_held_out_cases_are_scored_when_due_and_at_the_end():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_workers": 0}, {"batch_size": 0}, {"epochs": 0}, {"cpus_per_worker": 0}, {"precision": "int4"}]
+    "bad",
+    [
+        *({"num_workers": 0}, {"batch_size": 0}, {"accumulate": 0}, {"epochs": 0}, {"cpus_per_worker": 0}),
+        *({"precision": "int4"}, {"compile_backend": "gcc"}),
+    ],
 )
 def test_trainer_config_rejects_what_cannot_train(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
