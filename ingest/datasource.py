@@ -16,6 +16,7 @@ from .manifest import Manifest
 from .plan import EpochPlan, Indices
 from .quarantine import BadCaseConfig, Quarantine
 from .stores.base import StoreConfig
+from .tally import Recorder
 
 
 class PairedVolumeDatasource(ray.data.Datasource):
@@ -40,6 +41,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         fetch: FetchConfig | None = None,
         bad: BadCaseConfig | None = None,
         quarantine: Quarantine | None = None,
+        record: Recorder | None = None,
     ) -> None:
         """Hold what planning needs.
 
@@ -52,6 +54,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
             fetch: how a read task walks through its shard.
             bad: what a read task does about a case that cannot be read.
             quarantine: the run's bad cases; None where there are none to be kept.
+            record: is told what each task does.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._manifest = manifest
@@ -62,6 +65,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         self._fetch = fetch or FetchConfig()
         self._bad = bad or BadCaseConfig()
         self._quarantine = quarantine
+        self._record = record
         self._known_first = self._known()
         self._planned: tuple[int, EpochPlan] | None = None
 
@@ -97,6 +101,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
                 indices=indices,
                 bad=self._bad,
                 quarantine=self._quarantine,
+                record=self._record,
             )
             metadata = BlockMetadata(
                 num_rows=len(indices),

@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from .pairing import Case
 from .plan import Indices
 from .quarantine import BadCaseConfig, Quarantine, entry_of
 from .stores.base import ObjectMeta, Store, StoreConfig, open_store
+from .tally import TALLY, Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class ShardSpec:
         indices: (n,) int64, their indices in the manifest.
         bad: what is done about a case whose objects cannot be read.
         quarantine: where such cases are kept; None where none is.
+        record: is told what was done; None where nobody asks.
     """
 
     images_uri: str
@@ -80,6 +83,7 @@ class ShardSpec:
     indices: Indices
     bad: BadCaseConfig = dataclasses.field(default_factory=BadCaseConfig)
     quarantine: Quarantine | None = None
+    record: Recorder | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -104,6 +108,8 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
         QuarantineBudgetError: more cases are bad than may be left out.
         StoreError: the store as a whole cannot be read.
     """
+    if spec.record is not None:
+        TALLY.begin(spec.epoch)
     images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
     cases = cases_of(spec.rows)
     known = () if spec.quarantine is None else spec.quarantine.indices()
@@ -132,13 +138,18 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
                     )
                 if number >= ahead:
                     chunk, (image_bodies, label_bodies) = pending.popleft()
-                    bodies = iter(zip(image_bodies.result(), label_bodies.result(), strict=True))
+                    before_s = time.perf_counter()
+                    arrived = list(zip(image_bodies.result(), label_bodies.result(), strict=True))
+                    TALLY.fetched(bytes_read=_bytes_of(arrived), waited_s=time.perf_counter() - before_s)
+                    bodies = iter(arrived)
                     block.append(_table(spec, cases, chunk, [next(bodies) if want else None for want in wanted[chunk]]))
                     if chunk.stop % spec.block == 0 or chunk.stop == len(cases):
                         yield pa.concat_tables(block)
+                        TALLY.tell(spec.record)
                         block = []
         finally:
             pool.shutdown(cancel_futures=True)
+            TALLY.tell(spec.record, now=True)
 
 
 def _chunks(cases: Sequence[Case], config: FetchConfig, block: int) -> list[slice]:
@@ -158,6 +169,10 @@ def _chunks(cases: Sequence[Case], config: FetchConfig, block: int) -> list[slic
 
 
 Bodies = tuple[bytes | ObjectError, bytes | ObjectError]
+
+
+def _bytes_of(arrived: Sequence[Bodies]) -> int:
+    return sum(len(body) for pair in arrived for body in pair if not isinstance(body, ObjectError))
 
 
 def _table(spec: ShardSpec, cases: Sequence[Case], chunk: slice, fetched: Sequence[Bodies | None]) -> pa.Table:
