@@ -49,8 +49,8 @@ def write_page(run_dir: str) -> str:
 
 def page_of(run_dir: str) -> str:
     """The page's HTML."""
-    rows, events = read_metrics(run_dir), read_events(run_dir)
     recipe = _recipe(run_dir)
+    rows, events = read_metrics(run_dir), read_events(run_dir)
     shown = figures(rows, read_steps(run_dir), events)
     plots = {name: (heading, _div(name, figure)) for name, (heading, figure) in shown.items()}
     try:
