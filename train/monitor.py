@@ -209,6 +209,10 @@ class RunMonitor:
         """The run ends; when this returns, all is kept."""
         self._keep_steps()
         self.event(kind, text)
+        if self._board is not None:
+            with contextlib.suppress(IngestError):
+                self._board.close()
+            self._board = None
 
     def _count_stall(self, pulse: Pulse) -> None:
         """Count the wait by cause; what the data workers have not told of yet is counted with the next pulse."""

@@ -128,6 +128,8 @@ def test_tensorboard_logs_hold_every_step_and_epoch(tmp_path) -> None:
     monitor = RunMonitor(str(tmp_path), tensorboard=True, gauges=Board())
     monitor.pulse(pulse(steps(1, 3)))
     monitor.epoch_done({"epoch": 0, "step": 3, "train_loss": 0.5, "dice_by_class": [0.25, 0.75], "mean_dice": 0.5})
+    monitor.pulse(pulse(steps(4, 4, epoch=1), epoch=1))
+    monitor.close("end", "done")
     (file,) = (tmp_path / "tensorboard").iterdir()
     found: dict[str, list[tuple[int, float]]] = {}
     body = file.read_bytes()
@@ -137,7 +139,7 @@ def test_tensorboard_logs_hold_every_step_and_epoch(tmp_path) -> None:
         for value in event.summary.value:
             found.setdefault(value.tag, []).append((event.step, value.simple_value))
         body = body[12 + length + 4 :]
-    assert [step for step, _ in found["step/loss"]] == [1, 2, 3]
+    assert [step for step, _ in found["step/loss"]] == [1, 2, 3, 4]
     assert found["epoch/train_loss"] == [(3, 0.5)]
     assert found["dice/class_2"] == [(3, 0.75)]
     assert "epoch/au" not in found
