@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from plotly.offline import get_plotlyjs
 
 from ingest.errors import ConfigError
 from ingest.quarantine import QuarantineBook, QuarantineEntry
@@ -105,12 +106,12 @@ def test_a_name_that_means_harm_stands_in_the_page_as_text_only(tmp_path):
     assert "&lt;/script&gt;&lt;script&gt;document.title" in html
     assert "{{7*7}}" in html  # as it was: no template is made of data
     assert html.count("plotly.js v") == 1  # the library is there once
-    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", html.replace(HOSTILE, ""))
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", html.replace(get_plotlyjs(), ""))
 
 
 def test_the_page_says_what_became_of_the_run_and_why_it_waited(tmp_path):
     html = page_of(whole_run(tmp_path))
-    for text in ("8 of 100", "0.8888", "done", "Waited for data", "fetching 34%", "not-npy", "checkpoint_3"):
+    for text in ("8 of 100", "0.8888", "done", "Waited for data", "fetching 36%", "not-npy", "checkpoint_3"):
         assert text in html, text
     for name in ("loss", "dice", "rate", "speed", "au", "stall", "timeline"):
         assert f'id="plot-{name}"' in html, name
@@ -220,7 +221,7 @@ def test_in_chromium_the_page_draws_and_scrolls_without_a_word_in_the_console(tm
     found = json.loads(shown[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert all(found["moved"])
     assert len(found["moved"]) == 5  # image; image and truth; image and prediction
-    assert found["said"] == ["9 of 16", "3 of 16"]
+    assert found["said"] == ["8 of 16", "3 of 16"]
     assert found["sizes"] == [[48, 40]] * 5
     assert {name for name, _ in found["drawn"]} == {
         f"plot-{name}" for name in ("loss", "dice", "rate", "speed", "au", "stall", "timeline")
