@@ -12,7 +12,7 @@ import functools
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -21,10 +21,12 @@ from ingest.errors import IngestError
 from ingest.stores import open_store
 from ingest.tally import Work
 
-from .boards import TensorBoard
 from .gauges import Gauges
 from .records import Event, StepRecord, read_events, write_events, write_steps
 from .waits import Blocked, EpochWork, by_cause
+
+if TYPE_CHECKING:
+    from .boards import TensorBoard
 
 ANSWER_S = 10.0  # longest wait for an answer of the monitor
 RETRIES_TOGETHER_S = 10.0  # retries within this are one event
@@ -88,7 +90,7 @@ class RunMonitor:
         """
         self._store = open_store(run_dir)
         self._gauges = Gauges(run_dir.rstrip("/").rpartition("/")[2]) if gauges is None else gauges
-        self._board = TensorBoard(self._store) if tensorboard else None
+        self._board = self._make_board() if tensorboard else None
         self._events = read_events(run_dir)
         self._start = ""
         self._work: dict[int, EpochWork] = {}
@@ -97,6 +99,11 @@ class RunMonitor:
         self._pulses: dict[int, Pulse] = {}
         self._unexplained: dict[int, Pulse] = {}
         self._progress = Progress()
+
+    def _make_board(self) -> TensorBoard:
+        from .boards import TensorBoard  # data workers load this module too, and have no use for it
+
+        return TensorBoard(self._store)
 
     def begin(self, start: str, ranks: int, epoch: int, step: int, checkpoint: str | None) -> None:
         """The ranks start, for the first time or again."""

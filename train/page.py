@@ -84,7 +84,7 @@ def page_of(run_dir: str) -> str:
 
 def _div(name: str, figure: Any) -> Markup:
     """A plot without plotly.js, which the page has once; plotly escapes `<` in its data."""
-    config = {"displaylogo": False, "responsive": True}
+    config = {"displayModeBar": False, "responsive": True}
     return Markup(
         plotly.io.to_html(figure, include_plotlyjs=False, full_html=False, div_id=f"plot-{name}", config=config)
     )

@@ -164,12 +164,13 @@ def _timeline(starts: Mapping[str, Sequence[StepRecord]], events: Sequence[Event
                 marker={"color": colour, "size": 4},
                 hovertemplate="step %{customdata[0]}, epoch %{customdata[1]}: %{y:.3f} s",
             )
+    above = 1.08 * max((max(step.compute_s, step.wait_s) for step in steps), default=1.0)
     for kind, (symbol, colour) in _EVENTS.items():
         of_kind = [event for event in events if event.kind == kind]
         if of_kind:
             figure.add_scatter(
                 x=[_when(event.at_unix_s) for event in of_kind],
-                y=[0.0] * len(of_kind),
+                y=[above] * len(of_kind),
                 name=kind,
                 mode="markers",
                 marker={"color": colour, "size": 11, "symbol": symbol},

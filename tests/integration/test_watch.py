@@ -59,7 +59,7 @@ def test_a_run_exports_its_metrics_says_why_it_waits_and_leaves_a_page(places, b
             body = b"no volume" * 200 if number in (4, 9) and role == "labels" else source.fetch([entry])[0]
             name = f"{HOSTILE}{number}_{suffix}.npy" if number in (4, 9) else entry.name
             target.put(name, body)
-    recipe = tiny(root, tmp_path / "run", epochs=3, evaluate_every=2, tensorboard=True)
+    recipe = tiny(root, tmp_path / "run", epochs=2, evaluate_every=2, tensorboard=True)
     data = dataclasses.replace(
         recipe.data,
         bad=BadCaseConfig(on_bad="quarantine", budget_cases=3),
@@ -84,7 +84,7 @@ def test_a_run_exports_its_metrics_says_why_it_waits_and_leaves_a_page(places, b
     assert totals["fetching"] > 0
     assert totals["transforming"] > 0
     assert totals["batching"] > 0
-    assert [row["stall_by_cause_s"]["listing"] > 0 for row in outcome.rows] == [True, False, False]
+    assert [row["stall_by_cause_s"]["listing"] > 0 for row in outcome.rows] == [True, False]
     last = re.findall(r"waited for data .*", printed)
     assert len(last) == 1
     assert re.search(r"of it\)", printed)
