@@ -26,8 +26,13 @@ CAUSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocked:
-    """Seconds for which a rank's training thread was blocked, by what Ray says it was blocked on."""
+    """Seconds for which a rank's training thread was blocked, by what Ray says it was blocked on.
 
+    Attributes:
+        setup_s: of making the iterator, which waits for the process that plans; no part of the others.
+    """
+
+    setup_s: float = 0.0
     production_s: float = 0.0
     transfer_s: float = 0.0
     batching_s: float = 0.0
@@ -35,6 +40,7 @@ class Blocked:
     def since(self, before: Blocked) -> Blocked:
         """What came on top."""
         return Blocked(
+            setup_s=self.setup_s - before.setup_s,
             production_s=self.production_s - before.production_s,
             transfer_s=self.transfer_s - before.transfer_s,
             batching_s=self.batching_s - before.batching_s,
@@ -50,13 +56,14 @@ def blocked_so_far(shard: Any) -> Blocked:
     stats = getattr(shard, "_iter_stats", None)
 
     def seconds(*stages: str) -> float:
-        timers = (getattr(stats, f"iter_blocked_{stage}_s", None) for stage in stages)
+        timers = (getattr(stats, f"iter_{stage}_s", None) for stage in stages)
         return float(sum(timer.get() for timer in timers if timer is not None))
 
     return Blocked(
-        production_s=seconds("production_wait"),
-        transfer_s=seconds("data_transfer", "finalize"),
-        batching_s=seconds("batching", "format", "collate"),
+        setup_s=seconds("initialize"),
+        production_s=seconds("blocked_production_wait"),
+        transfer_s=seconds("blocked_data_transfer", "blocked_finalize"),
+        batching_s=seconds("blocked_batching", "blocked_format", "blocked_collate"),
     )
 
 
@@ -85,8 +92,8 @@ def by_cause(wait_s: float, blocked: Blocked, work: EpochWork, starting_s: float
         work: of the data workers in the same epoch.
         starting_s: of the wait, until the first read task began.
     """
-    starting_s = min(max(0.0, starting_s), wait_s)
-    production_s = max(0.0, blocked.production_s - starting_s)
+    starting_s = min(max(starting_s, blocked.setup_s), wait_s)
+    production_s = max(0.0, blocked.production_s - (starting_s - blocked.setup_s))
     worked_s = work.fetch_s + work.transform_s
     known = {
         "fetching": production_s * work.fetch_s / worked_s if worked_s > 0 else 0.0,

@@ -23,6 +23,12 @@ def test_waiting_for_production_goes_to_fetching_and_transforming_as_the_workers
     assert list(causes) == list(CAUSES)
 
 
+def test_making_the_iterator_is_part_of_the_start_and_not_of_production() -> None:
+    blocked = Blocked(setup_s=4.0, production_s=6.0)
+    causes = by_cause(10.0, blocked, EpochWork(fetch_s=1.0), starting_s=7.0)
+    assert (causes["starting"], causes["fetching"], causes["other"]) == (7.0, 3.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("wait_s", "blocked", "work", "starting_s"),
     [
