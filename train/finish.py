@@ -24,10 +24,10 @@ from .slices import save_slices
 
 @contextlib.contextmanager
 def ending(run_dir: str, monitor: Monitor, console: Console) -> Iterator[None]:
-    """Note why a run failed, and leave its page even so; the error goes on."""
+    """Note why a run failed, and leave its page even so; the error goes on. A second signal ends at once, without."""
     try:
         yield
-    except BaseException as error:
+    except Exception as error:
         ours = own_error(error)
         words = str(ours or error).strip().splitlines() or [type(error).__name__]
         monitor.ask("close", "fault", words[0][:500])
