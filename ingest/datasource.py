@@ -17,6 +17,7 @@ from .plan import EpochPlan, Indices
 from .quarantine import BadCaseConfig, Quarantine
 from .slab import Slabs
 from .stores.base import StoreConfig
+from .tally import Recorder
 
 
 class PairedVolumeDatasource(ray.data.Datasource):
@@ -42,6 +43,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         bad: BadCaseConfig | None = None,
         quarantine: Quarantine | None = None,
         slabs: Slabs | None = None,
+        record: Recorder | None = None,
     ) -> None:
         """Hold what planning needs.
 
@@ -55,6 +57,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
             bad: what a read task does about a case that cannot be read.
             quarantine: the run's bad cases; None where there are none to be kept.
             slabs: cuts the patches of large cases in the read task; None hands all volumes on whole.
+            record: is told what each task does.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._manifest = manifest
@@ -66,6 +69,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         self._bad = bad or BadCaseConfig()
         self._quarantine = quarantine
         self._slabs = slabs
+        self._record = record
         self._known_first = self._known()
         self._planned: tuple[int, EpochPlan] | None = None
 
@@ -102,6 +106,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
                 bad=self._bad,
                 quarantine=self._quarantine,
                 slabs=self._slabs,
+                record=self._record,
             )
             metadata = BlockMetadata(
                 num_rows=len(indices),

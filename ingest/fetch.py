@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from .plan import Indices
 from .quarantine import BadCaseConfig, Quarantine, entry_of
 from .slab import BadCase, Patch, Slabs
 from .stores.base import ObjectMeta, Store, StoreConfig, open_store
+from .tally import TALLY, Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class ShardSpec:
         bad: what is done about a case whose objects cannot be read.
         quarantine: where such cases are kept; None where none is.
         slabs: cuts the patch out of large cases already here; None reads every case whole.
+        record: is told what was done; None where nobody asks.
     """
 
     images_uri: str
@@ -99,6 +102,7 @@ class ShardSpec:
     bad: BadCaseConfig = dataclasses.field(default_factory=BadCaseConfig)
     quarantine: Quarantine | None = None
     slabs: Slabs | None = None
+    record: Recorder | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -126,6 +130,8 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
         QuarantineBudgetError: more cases are bad than may be left out.
         StoreError: the store as a whole cannot be read.
     """
+    if spec.record is not None:
+        TALLY.begin(spec.epoch)
     cases, known = cases_of(spec.rows), known_of(spec.rows)
     left_out = () if spec.quarantine is None else spec.quarantine.indices()
     wanted = ~np.isin(spec.indices, left_out)
@@ -141,12 +147,17 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
                     pending.append((chunk, _started(pool, spec, cases[chunk], known[chunk], chunk, wanted[chunk])))
                 if number >= ahead:
                     chunk, fetched = pending.popleft()
-                    block.append(_table(spec, cases, chunk, fetched()))
+                    before_s = time.perf_counter()
+                    arrived = fetched()
+                    TALLY.fetched(bytes_read=_bytes_of(arrived), waited_s=time.perf_counter() - before_s)
+                    block.append(_table(spec, cases, chunk, arrived))
                     if chunk.stop % spec.block == 0 or chunk.stop == len(cases):
                         yield pa.concat_tables(block)
+                        TALLY.tell(spec.record)
                         block = []
         finally:
             pool.shutdown(cancel_futures=True)
+            TALLY.tell(spec.record, now=True)
 
 
 def _read_bytes(slabs: Slabs | None, case: Case, known: Known | None) -> int:
@@ -212,6 +223,12 @@ class _Row(NamedTuple):
     image_npy: Buffer
     label_npy: Buffer
     as_listed: bool = True
+
+
+def _bytes_of(arrived: Sequence[Fetched]) -> int:
+    """Of whole objects, and of a case that was read in part those of its patch."""
+    pairs = [found for found in arrived if found is not None and not isinstance(found, BadCase)]
+    return sum(len(body) for pair in pairs for body in pair if not isinstance(body, ObjectError))
 
 
 def _table(spec: ShardSpec, cases: Sequence[Case], chunk: slice, fetched: Sequence[Fetched]) -> pa.Table:

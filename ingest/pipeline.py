@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from .plan import EpochPlan, Indices, ShardConfig, block_batches, plan_epoch, sp
 from .quarantine import BadCaseConfig, Quarantine, entry_of
 from .slab import Slabs, boxes_of, names_fault
 from .stores.base import StoreConfig
+from .tally import TALLY, Recorder
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -135,6 +137,7 @@ def training_dataset(
     batch: int = 32,
     ranks: int = 1,
     quarantine: Quarantine | None = None,
+    record: Recorder | None = None,
 ) -> ray.data.Dataset:
     """The training samples: each execution of the data set is one epoch.
 
@@ -154,6 +157,7 @@ def training_dataset(
         batch: rows of a rank's batch; the last one of an epoch may have fewer.
         ranks: that the data set is split to, where `multiple` is a multiple of ranks times batch; else 1.
         quarantine: the run's bad cases, as `start_quarantine` gives them. Needed where `config.bad` says so.
+        record: is told what each task does, about once a second.
 
     Returns:
         Rows of `case_id` string, `index` int64 (in the manifest), `epoch` int64, `image` (C, *patch) float32 and
@@ -194,6 +198,7 @@ def training_dataset(
         bad=config.bad,
         quarantine=quarantine,
         slabs=slabs if config.fetch.slabs == "auto" else None,
+        record=record,
     )
     sample = functools.partial(
         sample_patches,
@@ -201,6 +206,7 @@ def training_dataset(
         decode=config.decode,
         batch=block,
         quarantine=quarantine if config.bad.on_bad == "quarantine" else None,
+        record=record,
     )
     functools.update_wrapper(sample, sample_patches)
     shards = max(1, source.first_shards())
@@ -265,6 +271,7 @@ def sample_patches(
     decode: DecodeConfig,
     batch: int,
     quarantine: Quarantine | None = None,
+    record: Recorder | None = None,
 ) -> Iterator[Columns]:
     """Decode, crop and augment some raw cases.
 
@@ -275,6 +282,7 @@ def sample_patches(
         decode: what a good case looks like.
         batch: rows of a block.
         quarantine: takes the cases that do not decode; None lets their errors out.
+        record: is told what was done.
 
     Yields:
         Columns as in `training_dataset`, each tensor column one contiguous buffer: a whole batch as one table, and
@@ -287,9 +295,12 @@ def sample_patches(
     """
     rows = batch if raw.num_rows == batch else 1
     for start in range(0, raw.num_rows, rows):
+        before_s = time.perf_counter()
         samples = _sample_batch(raw.slice(start, rows), sampler, decode, quarantine)
+        TALLY.transformed(samples=len(samples["index"]), seconds=time.perf_counter() - before_s)
         if len(samples["index"]):
             yield samples
+    TALLY.tell(record)
 
 
 def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig, quarantine: Quarantine | None) -> Columns:

@@ -117,6 +117,15 @@ class StallMeter:
                 self._computes.append(before - now - self._aside_s)
                 self._aside_s = 0.0
 
+    def timed(self, first: int) -> list[tuple[float, float]]:
+        """Seconds of waiting and of computing for each step from the `first` (from 0) whose body has ended."""
+        return list(zip(self._waits[first : len(self._computes)], self._computes[first:], strict=True))
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds blocked waiting for data so far."""
+        return sum(self._waits) + self._end_wait_s
+
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Within a step: what is neither computing nor waiting for data, such as writing a checkpoint."""
@@ -136,7 +145,7 @@ class StallMeter:
             The figures, up to now.
         """
         wall_s = self._clock() - self._started
-        wait_s = sum(self._waits) + self._end_wait_s
+        wait_s = self.waited_s
         later = self._waits[1:]
         return StallReport(
             steps=len(self._computes),

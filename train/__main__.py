@@ -15,6 +15,8 @@ from .recipes import RECIPES
 
 COMMANDS = {
     "run": ("train.commands:run_recipe", "RECIPE [--run-dir DIR] [overrides]", "train on this machine or its cluster"),
+    "report": ("train.page:report_run", "RUN_DIR", "write a run's page, RUN_DIR/report.html"),
+    "grafana": ("train.grafana:print_dashboard", "", "print a Grafana dashboard of a run's metrics"),
     "audit": ("train.commands:audit_run", "RUN_DIR [--ledger DIR]", "hold a run's ledger against its checkpoints"),
 }
 """Name: function that takes the rest of the arguments and gives the exit status, its arguments, what it does."""
@@ -22,7 +24,7 @@ COMMANDS = {
 
 def usage() -> str:
     """How to call it, and the recipes."""
-    calls = {f"{name} {arguments}": about for name, (_, arguments, about) in COMMANDS.items()}
+    calls = {f"{name} {arguments}".rstrip(): about for name, (_, arguments, about) in COMMANDS.items()}
     wide, narrow = max(map(len, calls)), max(map(len, RECIPES))
     return "\n".join(
         [

@@ -19,6 +19,8 @@ def run_recipe(arguments: list[str]) -> int:
 
     outcome = run(recipe, name, console)
     if outcome.signal_number is not None:
+        if outcome.page is not None:
+            console.print(f"page:       {outcome.page}")
         console.print(f"stopped and saved; go on with --trainer.resume {outcome.run_dir}")
         return 128 + outcome.signal_number
     scored = [row for row in outcome.rows if row["mean_dice"] is not None]
@@ -29,6 +31,8 @@ def run_recipe(arguments: list[str]) -> int:
         )
     console.print(f"checkpoint: {outcome.checkpoint}")
     console.print(f"metrics:    {outcome.run_dir}/metrics.json")
+    if outcome.page is not None:
+        console.print(f"page:       {outcome.page}")
     for picture in outcome.pictures:
         console.print(f"picture:    {picture}")
     return 0

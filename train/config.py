@@ -78,6 +78,9 @@ class TrainerConfig:
     ledger: str | None = None
     """Folder that every rank records its steps in, for `python -m train audit`; seen by all nodes."""
 
+    tensorboard: bool = False
+    """Write TensorBoard logs under RUN_DIR/tensorboard."""
+
     channels_last: bool = True
     """Keep channels innermost in memory: the same numbers but for rounding, and faster on CPUs and tensor cores."""
 

@@ -1,14 +1,20 @@
-"""Prints a run's epochs as they end, from what the controller wrote of them."""
+"""Shows a run as it goes: a line that moves in a terminal, and a line for each epoch everywhere."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from ingest.errors import IngestError
+
+from .loop import LoopJob
 from .metrics import Row, read_metrics
+from .monitor import Progress as RunProgress
 
 POLL_S = 1.0
 
@@ -18,30 +24,81 @@ def epoch_line(row: Row, epochs: int) -> str:
     dice = "" if row["mean_dice"] is None else f", mean Dice {row['mean_dice']:.4f}"
     return (
         f"epoch {row['epoch'] + 1}/{epochs}: loss {row['train_loss']:.4f}{dice}, "
-        f"{row['samples_per_s']:.1f} samples/s, stall {row['stall_share']:.1%}"
+        f"{row['samples_per_s']:.1f} samples/s, stall {row['stall_share']:.1%}{main_cause(row)}"
     )
 
 
+def main_cause(row: Mapping[str, Any]) -> str:
+    """What an epoch waited for most, in brackets; nothing where that is not known."""
+    causes = {cause: seconds for cause, seconds in (row.get("stall_by_cause_s") or {}).items() if cause != "listing"}
+    if not causes or sum(causes.values()) <= 0:
+        return ""
+    cause = max(causes, key=lambda name: causes[name])
+    return f" ({cause} {causes[cause] / sum(causes.values()):.0%} of it)"
+
+
+def progress_text(now: RunProgress, epochs: int) -> str:
+    """Where a run stands, in one line; what is not known yet is left out."""
+    if now.epoch is None:
+        return "starting"
+    parts = [
+        f"epoch {now.epoch + 1}/{epochs}",
+        f"step {now.steps_of_epoch}/{now.steps_per_epoch}",
+        *(
+            f"{name} {value:{form}}"
+            for name, value, form in (
+                ("loss", now.loss, ".4f"),
+                ("Dice", now.mean_dice, ".4f"),
+                ("samples/s", now.samples_per_s, ".1f"),
+                ("AU", now.au, ".1%"),
+            )
+            if value is not None
+        ),
+        f"quarantined {now.quarantined}",
+    ]
+    return "  ".join(parts)
+
+
 @contextlib.contextmanager
-def following(run_dir: str, epochs: int, console: Console) -> Iterator[None]:
-    """Print a line for each epoch as its row appears."""
+def following(job: LoopJob, console: Console) -> Iterator[None]:
+    """Print a line for each epoch as its row appears; in a terminal, show where the run stands below them."""
     done = threading.Event()
+    epochs = job.recipe.trainer.epochs
+    columns = TextColumn("{task.description}", markup=False), BarColumn(24), TimeElapsedColumn()
+    bar = Progress(*columns, console=console, transient=True)
     shown = 0
 
-    def follow() -> None:
+    def follow(task: TaskID | None) -> None:
         nonlocal shown
         finished = False
         while not finished:
             finished = done.wait(POLL_S)
-            rows = read_metrics(run_dir)
-            for row in rows[shown:]:
-                console.print(epoch_line(row, epochs))
-            shown = len(rows)
+            with contextlib.suppress(IngestError):  # a place that does not answer now is asked again
+                rows = read_metrics(job.run_dir)
+                for row in rows[shown:]:
+                    console.print(epoch_line(row, epochs), markup=False, highlight=False)
+                shown = len(rows)
+            note_quarantine(job)
+            now = job.monitor.ask("progress") if job.monitor is not None and task is not None else None
+            if task is not None and isinstance(now, RunProgress):
+                steps = now.steps_per_epoch or 1
+                finished_steps = (now.epoch or 0) * steps + min(now.steps_of_epoch, steps)
+                bar.update(task, description=progress_text(now, epochs), completed=finished_steps, total=epochs * steps)
 
-    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with bar if console.is_terminal else contextlib.nullcontext():
+        task = bar.add_task("starting", total=None) if console.is_terminal else None
+        thread = threading.Thread(target=follow, args=(task,), name="follow-metrics", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def note_quarantine(job: LoopJob) -> None:
+    """Tell the monitor how many cases are in quarantine."""
+    if job.quarantine is None or job.monitor is None:
+        return
+    with contextlib.suppress(IngestError):
+        job.monitor.tell("quarantined", len(job.quarantine.indices()))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -29,14 +30,17 @@ from ingest.stores import open_store
 from ingest.unwrap import own_error
 
 from . import preflight
-from .checkpoint import STATE_FILE, read_position
+from .checkpoint import read_position
 from .config import Recipe, from_json
+from .finish import ending, leave_behind
 from .follow import following
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
-from .report import epoch_table, plot_curves
+from .monitor import start_monitor
+from .report import epoch_table
 from .stop import given_up, in_thread, make_flag, on_signals
 from .validate import Holdout
+from .waits import why
 
 RECIPE_FILE = "recipe.json"
 MANIFEST_FILE = "manifest.parquet"
@@ -51,6 +55,7 @@ class Outcome:
         rows: of metrics.json.
         checkpoint: the newest checkpoint's place.
         pictures: local files, where the run is local.
+        page: the run page's place; None where it could not be written.
         signal_number: of the signal that ended it early; None where it came to its end.
     """
 
@@ -59,6 +64,7 @@ class Outcome:
     checkpoint: str | None
     pictures: list[str]
     signal_number: int | None = None
+    page: str | None = None
 
 
 def run(recipe: Recipe, name: str, console: Console) -> Outcome:
@@ -81,7 +87,9 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         stack.callback(lambda: sweep_run(composed, store.run_id, store))  # after Ray's processes have ended
         stack.enter_context(connected_ray())
         use_gpu = preflight.check_cluster(recipe)
+        before_s = time.perf_counter()
         manifest, recipe = open_data(recipe, f"{run_dir}/{MANIFEST_FILE}" if resumed else None, console)
+        listing_s = time.perf_counter() - before_s
         if recipe.data.store.transport == "compose":
             composed += [recipe.data.images, recipe.data.labels]
         train, held_out = split_holdout(recipe.data.seed, manifest.subjects(), recipe.data.holdout_fraction)
@@ -92,6 +100,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
         bad = recipe.data.bad
         quarantine = start_quarantine(run_dir, bad, len(manifest)) if bad.quarantines else None
+        monitor = start_monitor(run_dir, tensorboard=recipe.trainer.tensorboard)
         job = LoopJob(
             recipe=recipe,
             run_dir=run_dir,
@@ -105,6 +114,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             total_cases=len(manifest),
             stop_flag=make_flag(),
             quarantine=quarantine,
+            monitor=monitor,
         )
         trainer = recipe.trainer
         batch = f"{trainer.accumulate} x {trainer.batch_size}" if trainer.accumulate > 1 else f"{trainer.batch_size}"
@@ -122,20 +132,22 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         def ask() -> None:
             console.print("asked to stop: saving after this step; a second signal ends at once")
             job.stop_flag.set.remote()
+            monitor.tell("event", "stop", "asked to stop")
 
-        with on_signals(ask) as stopped, following(run_dir, recipe.trainer.epochs, console):
-            result = in_thread(lambda: fit(job, manifest, run_dir, use_gpu=use_gpu))
+        with on_signals(ask) as stopped, ending(run_dir, monitor, console), following(job, console):
+            result = in_thread(lambda: fit(job, manifest, run_dir, use_gpu=use_gpu, listing_s=listing_s))
         rows = read_metrics(run_dir)
         console.print(epoch_table(rows))
+        console.print(why(rows))
         if quarantine is not None:
             console.print(summary(quarantine.entries(), run_dir))
         ended = stopped.signal_number is None
-        pictures = draw(job, rows, run_dir, result) if ended and "://" not in run_dir else []
+        pictures, page = leave_behind(job, rows, result, console, ended=ended)
     checkpoint = result.checkpoint.path if result.checkpoint is not None else None
-    return Outcome(run_dir, rows, checkpoint, pictures, stopped.signal_number)
+    return Outcome(run_dir, rows, checkpoint, pictures, stopped.signal_number, page)
 
 
-def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray.train.Result:
+def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool, listing_s: float) -> ray.train.Result:
     """Run the trainer; our own errors come out as they were raised, wherever that was."""
     # A rank that reports waits until the controller looks, by default every 2 s: at 0.5 s an epoch's end costs less.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -161,7 +173,7 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool) -> ray
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=recipe.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.trainer.checkpoints_kept),
-            callbacks=[MetricsWriter(run_dir)],  # type: ignore[list-item]  # Ray's stub speaks of Train V1
+            callbacks=[MetricsWriter(run_dir, job.monitor, listing_s)],  # type: ignore[list-item]  # Ray's stub speaks of Train V1
         ),
     )
     try:
@@ -210,6 +222,7 @@ def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
         batch=trainer.step_batch,
         ranks=trainer.num_workers if known else 1,
         quarantine=job.quarantine,
+        record=job.monitor,
     )
 
 
@@ -353,19 +366,6 @@ def resolve(data: DataConfig, manifest: Manifest, console: Console) -> DataConfi
         labels=manifest.labels_uri,
         store=choice.store,
     )
-
-
-def draw(job: LoopJob, rows: list[Row], run_dir: str, result: ray.train.Result) -> list[str]:
-    """The run's pictures: its curves, and one held-out case with truth and prediction."""
-    from .pictures import draw_prediction
-
-    curves = Path(run_dir) / "curves.png"
-    plot_curves(rows, curves)
-    pictures = [str(curves)]
-    if result.checkpoint is not None and len(job.holdout.rows):
-        with result.checkpoint.as_directory() as folder:
-            pictures.append(draw_prediction(job, Path(folder) / STATE_FILE, Path(run_dir)))
-    return pictures
 
 
 __all__ = ["METRICS_FILE", "Outcome", "run"]

@@ -29,7 +29,9 @@ from . import checkpoint
 from .config import Recipe
 from .finite import stop_run
 from .ledger import Ledger, attempt_name
+from .monitor import Monitor
 from .optimizer import learning_rate_at
+from .pulse import Pulses
 from .step import TrainStep, memory_format
 from .stop import StopWatch, give_up
 from .unet3d import UNet3D
@@ -50,6 +52,7 @@ class LoopJob:
         total_cases: cases of the manifest.
         stop_flag: of `stop.make_flag`; None for a run that no signal reaches.
         quarantine: the run's bad cases; None where they end the run.
+        monitor: is told how it goes; None where nobody follows.
     """
 
     recipe: Recipe
@@ -59,6 +62,7 @@ class LoopJob:
     total_cases: int
     stop_flag: Any = None
     quarantine: Quarantine | None = None
+    monitor: Monitor | None = None
 
     def bad_cases(self) -> int:
         """How many of the cases to train on are quarantined by now."""
@@ -134,9 +138,10 @@ class RankLoop:
             if self.device.type == "cuda" and state["cuda_random"] is not None:
                 torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
         self.step = self.position.step
+        start = gather(attempt_name())[0]
         self.ledger = Ledger(
             trainer.ledger,
-            attempt=gather(attempt_name())[0],
+            attempt=start,
             rank=self.rank,
             world_size=self.world_size,
             batch_size=trainer.step_batch,
@@ -144,18 +149,21 @@ class RankLoop:
             checkpoint=self.position.checkpoint,
         )
         self.stop_watch = StopWatch(job.stop_flag, self.device)
+        self.shard = ray.train.get_dataset_shard("train")
+        self.pulses = Pulses(job.monitor, self.shard, self.rank, self.world_size)
+        if self.rank == 0 and job.monitor is not None:
+            job.monitor.tell("begin", start, self.world_size, self.position.epoch, self.step, self.position.checkpoint)
 
     def run(self) -> None:
         """Train every epoch that is left."""
-        shard = ray.train.get_dataset_shard("train")
         before: EpochPart | None = self.position.before
         for epoch in range(self.position.epoch, self.recipe.trainer.epochs):
-            finished = self.epoch(shard, epoch, before)
+            finished = self.epoch(epoch, before)
             before = None
             if not finished:
                 return
 
-    def epoch(self, shard: DataIterator, epoch: int, before: EpochPart | None) -> bool:
+    def epoch(self, epoch: int, before: EpochPart | None) -> bool:
         """Train one epoch, or what is left of it, and report its row; False when asked to stop in its midst."""
         trainer = self.recipe.trainer
         recorder = EpochRecorder(epoch, self.job.total_cases, before, keeps_before=self.rank == 0)
@@ -164,7 +172,8 @@ class RankLoop:
         self.network.train()
         samples = rate = 0.0
         meter = StallMeter(time.perf_counter)
-        for batch in meter.steps(self.batches(shard)):
+        self.pulses.begin(epoch, meter, steps_per_epoch)
+        for batch in meter.steps(self.batches(self.shard)):
             check_epoch(batch, epoch)
             rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
             result = self.take_step(batch["image"], batch["label"], rate)
@@ -185,6 +194,7 @@ class RankLoop:
             samples += len(indices)
             recorder.add(indices, result.loss * len(indices))
             self.ledger.append(epoch=epoch, step=self.step, indices=indices)
+            self.pulses.step(step=self.step, done=done, loss=result.loss, learning_rate=rate, samples=len(indices))
             every = trainer.checkpoint_every_steps
             if stop or (every is not None and done % every == 0 and done < steps_per_epoch):
                 with meter.aside():
@@ -203,6 +213,7 @@ class RankLoop:
                 "--trainer.accumulate, or add cases"
             )
         bad = self.job.bad_cases()
+        waits = self.pulses.end(timing)
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
@@ -217,10 +228,12 @@ class RankLoop:
             "trained": trained,
             "quarantined": bad,
             "tail": max(0, self.job.train_cases - trained - bad),
+            **waits,
         }
         if self.take_step.loss_scale is not None:
             row["loss_scale"] = self.take_step.loss_scale
         if trainer.evaluates(epoch):
+            before_s = time.perf_counter()
             scores = evaluate(
                 self.network,
                 self.job.holdout,
@@ -230,6 +243,7 @@ class RankLoop:
                 device=self.device,
             )
             row |= {"mean_dice": scores.mean_dice, "dice_by_class": scores.by_class, "scored": scores.cases}
+            row["evaluate_s"] = time.perf_counter() - before_s
         self.save_and_report(EpochPart(epoch + 1, np.zeros(0, dtype=np.int64)), row)
         return True
 
@@ -263,7 +277,8 @@ class RankLoop:
             ray.train.report({"row": row, "step": self.step}, checkpoint=saved)
 
     def close(self) -> None:
-        """Close the ledger and end the asking for the stop flag."""
+        """Tell the last steps, close the ledger and end the asking for the stop flag."""
+        self.pulses.tell()
         self.stop_watch.close()
         self.ledger.__exit__(None, None, None)
 

@@ -10,8 +10,11 @@ from typing import Any
 from ray.train import Checkpoint, UserCallback
 
 from ingest.stores import open_store
+from ingest.unwrap import own_error
 
 from .checkpoint import name_latest
+from .monitor import Monitor
+from .waits import CAUSES, add_up
 
 METRICS_FILE = "metrics.json"
 Row = dict[str, Any]
@@ -30,6 +33,11 @@ def merge_ranks(rows: Sequence[Row]) -> Row:
     known = [row["au"] for row in rows if row["au"] is not None]
     merged["au"] = sum(known) / len(known) if known else None
     merged["ranks"] = len(rows)
+    if "stall_by_cause_s" in merged:
+        merged["wall_s"] = max(row["wall_s"] for row in rows)
+        merged["stall_s"] = sum(row["stall_s"] for row in rows) / len(rows)
+        seconds = add_up(row["stall_by_cause_s"] for row in rows)
+        merged["stall_by_cause_s"] = {cause: seconds[cause] / len(rows) for cause in CAUSES}
     return merged
 
 
@@ -39,10 +47,18 @@ def upsert(rows: Sequence[Row], row: Row) -> list[Row]:
 
 
 class MetricsWriter(UserCallback):
-    """Keeps RUN_DIR/metrics.json and latest.json up to date from the run's controller, whoever started the run."""
+    """Keeps RUN_DIR/metrics.json and latest.json up to date from the run's controller, whoever started the run.
 
-    def __init__(self, run_dir: str) -> None:
+    Args:
+        run_dir: the run's folder or gs:// place.
+        monitor: is told of epochs and faults.
+        listing_s: that listing the data took before the run; it goes into the first row that is written.
+    """
+
+    def __init__(self, run_dir: str, monitor: Monitor | None = None, listing_s: float = 0.0) -> None:
         self._run_dir = run_dir
+        self._monitor = monitor
+        self._listing_s = listing_s
 
     def after_report(
         self,
@@ -56,10 +72,27 @@ class MetricsWriter(UserCallback):
         """
         finished = [report["row"] for report in metrics if report["row"] is not None]
         if finished:
-            rows = upsert(read_metrics(self._run_dir), merge_ranks(finished))
+            row = merge_ranks(finished)
+            row["stall_by_cause_s"]["listing"], self._listing_s = self._listing_s, 0.0
+            if self._monitor is not None:
+                row["retries"] = self._monitor.ask("retries_of", row["epoch"]) or {}
+            rows = upsert(read_metrics(self._run_dir), row)
             open_store(self._run_dir).put(METRICS_FILE, json.dumps(rows, indent=1).encode())
+            if self._monitor is not None:
+                self._monitor.tell("epoch_done", row)
         if checkpoint is not None:
             name_latest(self._run_dir, PurePosixPath(checkpoint.path).name)
+
+    def after_exception(
+        self,
+        run_context: Any,  # noqa: ARG002  the signature is Ray's
+        worker_exceptions: dict[int, Exception],
+    ) -> None:
+        """Note which ranks failed, and why."""
+        if self._monitor is not None:
+            for rank, error in worker_exceptions.items():
+                said = str(own_error(error) or error).strip().splitlines() or [type(error).__name__]
+                self._monitor.tell("event", "fault", f"rank {rank}: {(said[-1] if len(said) > 1 else said[0])[:500]}")
 
 
 def read_metrics(run_dir: str) -> list[Row]:

@@ -1,28 +1,54 @@
-"""One held-out case as a picture: image, truth, and what the run's last checkpoint says."""
+"""Held-out cases with what the run's last checkpoint says of them."""
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .evaluate import sliding_window_logits
 from .loop import LoopJob
-from .report import plot_case
 from .unet3d import UNet3D
 from .validate import whole_cases
 
+CASES = 3  # that the run page shows
+LONGEST_S = 20.0  # no further case is predicted after this: a large volume takes minutes on a CPU
 
-def draw_prediction(job: LoopJob, checkpoint: Path, run_dir: Path) -> str:
-    """Predict the first held-out case and draw its slice; returns the file."""
+
+@dataclasses.dataclass(frozen=True)
+class PredictedCase:
+    """One held-out case.
+
+    Attributes:
+        image: (D, H, W) float32, its first channel.
+        truth: (D, H, W) uint8.
+        prediction: (D, H, W) uint8.
+    """
+
+    case_id: str
+    image: npt.NDArray[np.float32]
+    truth: npt.NDArray[np.uint8]
+    prediction: npt.NDArray[np.uint8]
+
+
+def predict_some(job: LoopJob, checkpoint: Path) -> list[PredictedCase]:
+    """The first held-out cases that are good, up to `CASES` of them, with their predictions."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     network = UNet3D(job.recipe.model)
     network.load_state_dict(state["model"])
     network.eval()
-    _, image_CDHW, label_1DHW = next(iter(whole_cases(job.holdout, [0])))
-    logits = sliding_window_logits(network, torch.from_numpy(image_CDHW.copy()), job.recipe.window)
-    prediction = logits.argmax(dim=0).numpy()
-    picture = run_dir / "prediction.png"
-    case_id = job.holdout.rows.table["case_id"][0].as_py()
-    plot_case(image_CDHW[0], label_1DHW[0], prediction, picture, title=f"held-out case {case_id}")
-    return str(picture)
+    began_s = time.monotonic()
+    case_ids = job.holdout.rows.table["case_id"]
+    found: list[PredictedCase] = []
+    for position in range(len(job.holdout.rows)):
+        for _, image_CDHW, label_1DHW in whole_cases(job.holdout, [position]):
+            logits = sliding_window_logits(network, torch.from_numpy(image_CDHW.copy()), job.recipe.window)
+            prediction_DHW = logits.argmax(dim=0).numpy().astype(np.uint8)
+            found.append(PredictedCase(case_ids[position].as_py(), image_CDHW[0], label_1DHW[0], prediction_DHW))
+        if len(found) == CASES or (found and time.monotonic() - began_s > LONGEST_S):
+            break
+    return found

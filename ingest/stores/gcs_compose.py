@@ -22,7 +22,7 @@ from .base import ObjectMeta, StoreConfig
 from .gcs_clients import google_blob, pool, timeouts_s
 from .gcs_direct import DirectReader
 from .gcs_errors import AbsentError, call
-from .retry import RETRIES, RefusedError
+from .retry import COMPOSITES, RETRIES, RefusedError
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +208,7 @@ class _ChunkBlob:
             if sent == 1 or isinstance(error, RefusedError):
                 client.composites.discard(self.name)  # it never came to be; an earlier try's answer may have been lost
             raise
+        COMPOSITES.add("composed")
 
     def download_as_bytes(self, retry: object = None) -> bytes:  # noqa: ARG002  Dataflux passes it
         """Read the composite whole; verified here only where its parts cannot be."""

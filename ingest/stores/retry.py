@@ -45,15 +45,15 @@ class RefusedError(UnreachableError):
     """Every try found no server that takes connections: nothing was done, in any try."""
 
 
-class RetryCounts:
-    """Counts this process's retries by kind. Thread-safe."""
+class KindCounts:
+    """Counts what this process met, by kind. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: collections.Counter[str] = collections.Counter()
 
     def add(self, kind: str) -> None:
-        """Note one retry."""
+        """Note one."""
         with self._lock:
             self._counts[kind] += 1
 
@@ -63,7 +63,8 @@ class RetryCounts:
             return dict(self._counts)
 
 
-RETRIES = RetryCounts()
+RETRIES = KindCounts()
+COMPOSITES = KindCounts()  # of one kind, `composed`
 
 
 class _Wait(tenacity.wait.wait_base):

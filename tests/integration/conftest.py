@@ -37,6 +37,7 @@ def ray_here(gcs_server: EmbeddedServer) -> Iterator[None]:
             logging_level="WARNING",
             object_store_memory=512 * 2**20,
             runtime_env={"env_vars": gcs_server.env()},
+            _system_config={"metrics_report_interval_ms": 1000},  # 10 s is longer than most runs here
         )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

@@ -22,6 +22,7 @@ from train.config import Recipe, TrainerConfig, from_json
 from train.evaluate import SlidingWindowConfig
 from train.launch import run
 from train.optimizer import OptimizerConfig
+from train.records import read_events, read_steps
 from train.unet3d import UNet3DConfig
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -100,6 +101,9 @@ def test_a_bad_case_ends_a_run_with_its_name_and_reason_and_no_start_is_wasted_o
         run(recipe, "tiny", quiet())
     assert "Traceback" not in str(caught.value)
     assert len(list(ledger.glob("*.jsonl"))) <= 2  # of the one attempt's two ranks
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "No epoch was finished" in page
+    assert "expected an .npy file" in page
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,9 @@ def test_a_run_is_kept_in_a_bucket_and_gone_on_with_there(places, bucket):
     second = run(dataclasses.replace(recipe, trainer=trainer), "tiny", quiet())
     assert [row["step"] for row in second.rows] == [13, 26]
     names = {entry.name.split("/")[-1] for entry in open_store(run_dir).list()}
-    assert {"state.pt", "latest.json", "metrics.json", "manifest.parquet", "recipe.json"} <= names
+    assert {"state.pt", "latest.json", "metrics.json", "manifest.parquet", "recipe.json", "report.html"} <= names
+    assert [event.kind for event in read_events(run_dir)] == ["start", "end", "start", "end"]
+    assert len(read_steps(run_dir)) == 2
 
 
 def test_a_run_folder_that_ray_cannot_name_is_refused(places, tmp_path):

@@ -1,0 +1,178 @@
+"""A run's page: one HTML file with all that there is to see of it, which needs nothing else and no network.
+
+It is made of what the run's folder holds, so that it can be made at any time, of any run, and again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from importlib import resources
+from typing import Any
+
+import jinja2
+import plotly.io
+import plotly.offline
+import tyro
+from markupsafe import Markup
+
+from ingest.errors import ConfigError, ManifestError, PlaceNotFoundError
+from ingest.overlay import class_colour
+from ingest.quarantine import QuarantineEntry, load_entries
+from ingest.stores import open_store
+
+from .metrics import METRICS_FILE, read_metrics
+from .page_plots import figures
+from .records import Event, read_events, read_steps
+from .slices import CaseSlices, grey_png, label_png, load_slices
+from .waits import why
+
+PAGE_FILE = "report.html"
+RECIPE_FILE = "recipe.json"
+MOST_LISTED = 1000  # quarantined cases and events in their tables
+
+
+def write_page(run_dir: str) -> str:
+    """Write RUN_DIR/report.html of a run that is under way, done, or failed; returns its place.
+
+    Raises:
+        ConfigError: there is no run in the folder.
+        StoreError: the folder cannot be read or written.
+    """
+    run_dir = run_dir.rstrip("/")
+    store = open_store(run_dir)
+    store.put(PAGE_FILE, page_of(run_dir).encode())
+    return f"{run_dir}/{PAGE_FILE}"
+
+
+def page_of(run_dir: str) -> str:
+    """The page's HTML."""
+    recipe = _recipe(run_dir)
+    rows, events = read_metrics(run_dir), read_events(run_dir)
+    shown = figures(rows, read_steps(run_dir), events)
+    plots = {name: (heading, _div(name, figure)) for name, (heading, figure) in shown.items()}
+    try:
+        quarantined: list[QuarantineEntry] | str = load_entries(run_dir)
+    except ManifestError as error:
+        quarantined = str(error)
+    cases = load_slices(run_dir)
+    classes = sorted({int(value) for case in cases for value in _classes(case)})
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string((resources.files(__package__) / "page.html").read_text("utf-8"))
+    return template.render(
+        name=run_dir.rpartition("/")[2],
+        run_dir=run_dir,
+        made=_written(datetime.now(timezone.utc).timestamp()),
+        plotly_js=Markup(plotly.offline.get_plotlyjs()) if plots else "",
+        cards=_cards(rows, recipe, events),
+        why=why(rows),
+        plots=plots,
+        events=[(_written(event.at_unix_s), event.kind, event.text) for event in events[-MOST_LISTED:]],
+        quarantined=quarantined,
+        most=MOST_LISTED,
+        cases=[_shown(case) for case in cases],
+        legend=[(value, class_colour(value)) for value in classes],
+        settings=list(_flat(recipe)),
+        scored=[row for row in rows if row.get("mean_dice") is not None],
+        rows=rows,
+    )
+
+
+def _div(name: str, figure: Any) -> Markup:
+    """A plot without plotly.js, which the page has once; plotly escapes `<` in its data."""
+    config = {"displayModeBar": False, "responsive": True}
+    return Markup(
+        plotly.io.to_html(figure, include_plotlyjs=False, full_html=False, div_id=f"plot-{name}", config=config)
+    )
+
+
+def _recipe(run_dir: str) -> dict[str, Any]:
+    store = open_store(run_dir)
+    try:
+        entries = {entry.name: entry for entry in store.list() if entry.name in (RECIPE_FILE, METRICS_FILE)}
+    except PlaceNotFoundError as error:
+        raise ConfigError(f"expected a run's folder, found none at {run_dir}; check the path") from error
+    if RECIPE_FILE not in entries:
+        raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; give the folder that --run-dir named")
+    saved: dict[str, Any] = json.loads(store.fetch([entries[RECIPE_FILE]])[0])
+    return saved
+
+
+def _cards(rows: list[dict[str, Any]], recipe: Mapping[str, Any], events: list[Event]) -> list[tuple[str, str]]:
+    """What a run is judged by, in a word each."""
+    last: Mapping[str, Any] = rows[-1] if rows else {}
+    dice = [row["mean_dice"] for row in rows if row.get("mean_dice") is not None]
+    epochs = (recipe.get("trainer") or {}).get("epochs", "?")
+    state = next((event.kind for event in reversed(events) if event.kind in ("end", "stop", "fault", "start")), None)
+    states = {"end": "done", "stop": "stopped", "fault": "failed", "start": "under way, or its driver was killed"}
+    starts = sum(event.kind == "start" for event in events)
+    wanted = (
+        ("state", states.get(state or "", "not known")),
+        ("epochs", f"{len(rows)} of {epochs}"),
+        ("best mean Dice", f"{max(dice):.4f}" if dice else "not scored"),
+        ("loss", _number(last.get("train_loss"), ".4f")),
+        ("samples/s", _number(last.get("samples_per_s"), ".1f")),
+        ("AU", _number(last.get("au"), ".1%")),
+        ("stall", _number(last.get("stall_share"), ".1%")),
+        ("quarantined", str(last.get("quarantined", 0))),
+        ("restarts", str(max(0, starts - 1))),
+    )
+    return [(heading, value) for heading, value in wanted]
+
+
+def _number(value: object, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
+
+
+def _written(unix_s: float) -> str:
+    return f"{datetime.fromtimestamp(unix_s, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting by the name of its flag."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", json.dumps(value, ensure_ascii=False)
+
+
+def _classes(case: CaseSlices) -> set[int]:
+    return ({*case.truth.ravel().tolist()} | {*case.prediction.ravel().tolist()}) - {0}
+
+
+def _shown(case: CaseSlices) -> dict[str, Any]:
+    """A case for the page: names as they are, since the template escapes; pictures as base64 PNG."""
+    foreground = (case.truth > 0).sum(axis=(1, 2))
+    return {
+        "case_id": case.case_id,
+        "of_depths": case.of_depths,
+        "first": int(foreground.argmax()) if len(foreground) else 0,
+        "width": case.image.shape[2],
+        "height": case.image.shape[1],
+        "slices": {
+            "depths": case.depths.tolist(),
+            "image": [grey_png(image_HW) for image_HW in case.image],
+            "truth": [label_png(label_HW) for label_HW in case.truth],
+            "prediction": [label_png(label_HW) for label_HW in case.prediction],
+        },
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Write the page of a run, RUN_DIR/report.html."""
+
+    run_dir: tyro.conf.Positional[str]
+    """The run's folder or gs:// place."""
+
+
+def report_run(arguments: list[str]) -> int:
+    """`python -m train report RUN_DIR`."""
+    config = tyro.cli(ReportConfig, prog="python -m train report", args=arguments)
+    print(write_page(config.run_dir))
+    return 0
