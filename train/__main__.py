@@ -15,6 +15,16 @@ from .recipes import RECIPES
 
 COMMANDS = {
     "run": ("train.commands:run_recipe", "RECIPE [--run-dir DIR] [overrides]", "train on this machine or its cluster"),
+    "evaluate": (
+        "train.inference:evaluate_command",
+        "--checkpoint RUN_DIR|CHECKPOINT --images URI --labels URI",
+        "per-case and mean Dice",
+    ),
+    "predict": (
+        "train.inference:predict_command",
+        "--checkpoint RUN_DIR|CHECKPOINT --images URI --output URI",
+        "write label maps",
+    ),
     "audit": ("train.commands:audit_run", "RUN_DIR [--ledger DIR]", "hold a run's ledger against its checkpoints"),
 }
 """Name: function that takes the rest of the arguments and gives the exit status, its arguments, what it does."""

@@ -11,6 +11,7 @@ from ray.train import Checkpoint, UserCallback
 
 from ingest.stores import open_store
 
+from .best import is_best, keep_best
 from .checkpoint import name_latest
 
 METRICS_FILE = "metrics.json"
@@ -50,16 +51,19 @@ class MetricsWriter(UserCallback):
         metrics: list[Row],
         checkpoint: Checkpoint | None,
     ) -> None:
-        """Write the epoch's row, if an epoch is done, then name the checkpoint as the one to go on from.
+        """Write the epoch's row, if an epoch is done, keep its checkpoint if it is the best, then go on from it.
 
-        In this order a crash between the two has the epoch trained again, and its row replaced.
+        In this order a crash in between has the epoch trained again, and its row and what was kept replaced.
         """
+        name = None if checkpoint is None else PurePosixPath(checkpoint.path).name
         finished = [report["row"] for report in metrics if report["row"] is not None]
         if finished:
             rows = upsert(read_metrics(self._run_dir), merge_ranks(finished))
             open_store(self._run_dir).put(METRICS_FILE, json.dumps(rows, indent=1).encode())
-        if checkpoint is not None:
-            name_latest(self._run_dir, PurePosixPath(checkpoint.path).name)
+            if name is not None and is_best(rows, finished[0]):
+                keep_best(self._run_dir, name, finished[0])
+        if name is not None:
+            name_latest(self._run_dir, name)
 
 
 def read_metrics(run_dir: str) -> list[Row]:

@@ -10,7 +10,6 @@ from .evaluate import sliding_window_logits
 from .loop import LoopJob
 from .report import plot_case
 from .unet3d import UNet3D
-from .validate import whole_cases
 
 
 def draw_prediction(job: LoopJob, checkpoint: Path, run_dir: Path) -> str:
@@ -19,10 +18,9 @@ def draw_prediction(job: LoopJob, checkpoint: Path, run_dir: Path) -> str:
     network = UNet3D(job.recipe.model)
     network.load_state_dict(state["model"])
     network.eval()
-    _, image_CDHW, label_1DHW = next(iter(whole_cases(job.holdout, [0])))
-    logits = sliding_window_logits(network, torch.from_numpy(image_CDHW.copy()), job.recipe.window)
+    case = job.holdout.first_case()
+    logits = sliding_window_logits(network, torch.from_numpy(case.image.copy()), job.recipe.window)
     prediction = logits.argmax(dim=0).numpy()
     picture = run_dir / "prediction.png"
-    case_id = job.holdout.rows.table["case_id"][0].as_py()
-    plot_case(image_CDHW[0], label_1DHW[0], prediction, picture, title=f"held-out case {case_id}")
+    plot_case(case.image[0], case.label[0], prediction, picture, title=f"held-out case {case.case_id}")
     return str(picture)
