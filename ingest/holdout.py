@@ -99,8 +99,8 @@ def pick_cases(manifest: Manifest, names: Sequence[str], source: str) -> Indices
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise ConfigError(
-            f"{source}: expected each of its {len(wanted)} cases in {manifest.images_uri}, found {len(missing)} that are "
-            f"not among the {len(manifest)} there: {', '.join(missing[:SHOWN])}{more} (there: {ids[0].as_py()}, …); "
+            f"{source}: expected each of its {len(wanted)} cases in {manifest.images_uri}, found {len(missing)} not "
+            f"among the {len(manifest)} there: {', '.join(missing[:SHOWN])}{more} (there: {ids[0].as_py()}, …); "
             "upload them, or take them off the list"
         )
     return np.sort(found.to_numpy().astype(np.int64))

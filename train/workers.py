@@ -201,7 +201,7 @@ def infer(
         worker,
         fn_constructor_args=(ray.put(trained), config.window(trained), config.threads(trained)),
         fn_constructor_kwargs=arguments,
-        batch_size=None,
+        batch_size=1,  # of a number, so that Ray does not fuse it with the read: workers infer while tasks read
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=config.workers),
         num_cpus=config.cpus_per_worker,
@@ -228,7 +228,8 @@ def check_room(config: WorkersConfig, task_cpus: float) -> bool:
     if wanted > cpus + 1e-6:
         raise ConfigError(
             f"expected {wanted:g} CPUs, {config.cpus_per_worker:g} for each of {config.workers} workers and "
-            f"{task_cpus:g} to read with, found {cpus:g} in the cluster; lower --workers, --cpus-per-worker or --task-cpus"
+            f"{task_cpus:g} to read with, found {cpus:g} in the cluster; lower --workers, --cpus-per-worker or "
+            "--task-cpus"
         )
     use_gpu = gpus >= config.workers if config.use_gpu is None else config.use_gpu
     if use_gpu and gpus < config.workers:
