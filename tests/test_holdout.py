@@ -58,7 +58,7 @@ def test_a_list_that_is_none_is_refused(tmp_path, content):
     file = tmp_path / "cases.txt"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ConfigError, match="expected (a file of )?case ids"):
+    with pytest.raises(ConfigError, match=r"expected (a file of )?case ids"):
         split_of(DataConfig(holdout_cases=str(file)), KITS19)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,10 @@ class WorkersConfig:
 
 
 class Worker:
-    """One process's model; made by Ray Data, once a process."""
+    """One process's model; made by Ray Data, once a process.
+
+    Calls are generators: what a plain function raises Ray Data replaces by an error of its own, without the cause.
+    """
 
     def __init__(self, trained: Any, window: SlidingWindowConfig, threads: int, *, use_gpu: bool) -> None:
         """Build the model.
@@ -113,11 +116,11 @@ class Scorer(Worker):
         super().__init__(*model, **options)
         self.data = data
 
-    def __call__(self, raw: pa.Table) -> pa.Table:
+    def __call__(self, raw: pa.Table) -> Iterator[pa.Table]:
         """Score one table of `fetch.RAW_SCHEMA`: `index`, `case_id` and `dice`, a list by class."""
         scored = score_rows(self.network, [raw], self.data, self.window, self.device)
         columns = {name: [getattr(score, name) for score in scored] for name in ("index", "case_id", "dice")}
-        return pa.table(columns)
+        yield pa.table(columns)
 
 
 class Predictor(Worker):
@@ -139,7 +142,7 @@ class Predictor(Worker):
         super().__init__(*model, **options)
         self.output, self.names, self.affines = open_store(output, store), names, affines
 
-    def __call__(self, raw: pa.Table) -> pa.Table:
+    def __call__(self, raw: pa.Table) -> Iterator[pa.Table]:
         """Predict one table of `images.IMAGE_SCHEMA`: `case_id`, and `written`, names separated by spaces."""
         written = []
         for case_id, name, body in zip(
@@ -153,7 +156,7 @@ class Predictor(Worker):
             for file, data in files.items():
                 self.output.put(file, data)
             written.append(" ".join(files))
-        return pa.table({"case_id": raw["case_id"], "written": written})
+        yield pa.table({"case_id": raw["case_id"], "written": written})
 
     def predict(self, body: memoryview, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The label map (1, D, H, W) uint8 of one image's bytes.

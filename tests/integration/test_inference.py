@@ -32,7 +32,7 @@ from train.launch import Outcome, run
 from train.unet3d import UNet3D, UNet3DConfig
 from train.validate import HELD_OUT, Holdout, RankData, merge, score_rows
 from train.weights import load_trained
-from train.workers import Predictor, WorkersConfig
+from train.workers import WorkersConfig
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -220,8 +220,11 @@ def test_a_case_without_a_label_and_a_list_of_strangers_are_refused(trained, tmp
 
 
 def test_an_image_of_two_channels_is_refused_by_name(trained, tmp_path):
-    model = ray.put(load_trained(trained.outcome.run_dir)), SlidingWindowConfig(roi=(8, 8, 8)), 1
-    predictor = Predictor(*model, output=str(tmp_path), store=StoreConfig(), names="{}.npy", affines={}, use_gpu=False)
-    body = memoryview(npy_bytes(np.zeros((2, 8, 8, 8), np.float32)))
-    with pytest.raises(DecodeError, match=r"case_00001_x\.npy: expected 1 image channels.*found 2"):
-        predictor.predict(body, "case_00001_x.npy")
+    images = open_store(f"{tmp_path}/images/")
+    images.put("case_00001_x.npy", npy_bytes(np.zeros((2, 8, 8, 8), np.float32)))
+    config = PredictConfig(
+        checkpoint=trained.outcome.run_dir, images=images.uri, output=f"{tmp_path}/maps", workers=HALF
+    )
+    with pytest.raises(DecodeError, match=r"case_00001_x\.npy: expected 1 image channels.*found 2") as caught:
+        predict(config, quiet())
+    assert "Traceback" not in str(caught.value)
