@@ -54,6 +54,15 @@ class DataConfig:
     holdout_fraction: float = 0.1
     """Share of the subjects that is kept from training, to validate on; copies of a case stay together."""
 
+    holdout_cases: str | None = None
+    """Instead of a share: a file of case ids, one a line (a path or URI), or `kits19-mlperf`, the 42 of MLPerf."""
+
+    eval_images: str = ""
+    """Instead of a share: URI of other images, to validate on; all of `images` is then trained on."""
+
+    eval_labels: str = ""
+    """URI of their labels."""
+
     blocks_in_flight: int | None = None
     """Read tasks at once over the whole cluster; None leaves it to Ray Data."""
 
@@ -75,6 +84,16 @@ class DataConfig:
             raise ConfigError(f"data.seed must be from 0 to 2**63 - 1; got {self.seed}")
         if not 0 <= self.holdout_fraction < 1:
             raise ConfigError(f"data.holdout_fraction must be from 0 to below 1; got {self.holdout_fraction}")
+        if bool(self.eval_images) != bool(self.eval_labels):
+            raise ConfigError(
+                f"expected data.eval_images and data.eval_labels together, found {self.eval_images!r} and "
+                f"{self.eval_labels!r}; give both or neither"
+            )
+        if self.eval_images and self.holdout_cases:
+            raise ConfigError(
+                f"expected one way to hold cases out, found the list {self.holdout_cases} and the second pair of URIs "
+                f"{self.eval_images}; give one of them"
+            )
         if self.blocks_in_flight is not None and self.blocks_in_flight < 1:
             raise ConfigError(f"data.blocks_in_flight must be 1 or more; got {self.blocks_in_flight}")
         if self.task_cpus <= 0:
@@ -138,6 +157,7 @@ def training_dataset(
     ranks: int = 1,
     quarantine: Quarantine | None = None,
     record: Recorder | None = None,
+    candidates: Indices | None = None,
 ) -> ray.data.Dataset:
     """The training samples: each execution of the data set is one epoch.
 
@@ -158,6 +178,7 @@ def training_dataset(
         ranks: that the data set is split to, where `multiple` is a multiple of ranks times batch; else 1.
         quarantine: the run's bad cases, as `start_quarantine` gives them. Needed where `config.bad` says so.
         record: is told what each task does, about once a second.
+        candidates: indices to train on; None for all but the share that `config` holds out.
 
     Returns:
         Rows of `case_id` string, `index` int64 (in the manifest), `epoch` int64, `image` (C, *patch) float32 and
@@ -171,7 +192,8 @@ def training_dataset(
             f"expected a quarantine, since data.on_bad is {config.bad.on_bad} and data.on_stale {config.bad.on_stale}, "
             "found none; hand over the one of start_quarantine, or set both to fail"
         )
-    candidates, _ = split_holdout(config.seed, manifest.subjects(), config.holdout_fraction)
+    if candidates is None:
+        candidates, _ = split_holdout(config.seed, manifest.subjects(), config.holdout_fraction)
     batches = block_batches(len(candidates), batch, ranks, batch * sample_bytes(config), config.shards)
     block = batch * batches
     plan = TrainingPlan(

@@ -17,6 +17,16 @@ COMMANDS = {
     "run": ("train.commands:run_recipe", "RECIPE [--run-dir DIR] [overrides]", "train on this machine or its cluster"),
     "report": ("train.page:report_run", "RUN_DIR", "write a run's page, RUN_DIR/report.html"),
     "grafana": ("train.grafana:print_dashboard", "", "print a Grafana dashboard of a run's metrics"),
+    "evaluate": (
+        "train.inference:evaluate_command",
+        "--checkpoint RUN_DIR|CHECKPOINT --images URI --labels URI",
+        "per-case and mean Dice",
+    ),
+    "predict": (
+        "train.inference:predict_command",
+        "--checkpoint RUN_DIR|CHECKPOINT --images URI --output URI",
+        "write label maps",
+    ),
     "audit": ("train.commands:audit_run", "RUN_DIR [--ledger DIR]", "hold a run's ledger against its checkpoints"),
 }
 """Name: function that takes the rest of the arguments and gives the exit status, its arguments, what it does."""

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from ingest.errors import ConfigError
 from ingest.manifest import Manifest
-from ingest.plan import split_holdout
 from ingest.stores import open_store
 
 from .checkpoint import Position, read_position
 from .config import Recipe, from_json
+from .holdout import split_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def audit(run_dir: str, ledger: str | None = None) -> Audit:
             f"expected a ledger, found that {run_dir} was run without --trainer.ledger; give --ledger DIR"
         )
     manifest = Manifest.load(f"{run_dir.rstrip('/')}/manifest.parquet")
-    candidates, _ = split_holdout(recipe.data.seed, manifest.subjects(), recipe.data.holdout_fraction)
+    candidates = split_of(recipe.data, manifest, run_dir).train
     return replay(
         read_attempts(Path(folder)),
         candidates=set(candidates.tolist()),

@@ -15,6 +15,7 @@ def run_recipe(arguments: list[str]) -> int:
     recipe = tyro.extras.overridable_config_cli(RECIPES, prog="python -m train run", args=arguments)
     name = next(argument for argument in arguments if argument in RECIPES)
     console = Console(soft_wrap=True)
+    from .best import reached
     from .launch import run  # Ray and torch load here, so that --help answers at once
 
     outcome = run(recipe, name, console)
@@ -29,7 +30,17 @@ def run_recipe(arguments: list[str]) -> int:
         console.print(
             f"mean Dice on {last['scored']} held-out cases after epoch {last['epoch']}: {last['mean_dice']:.4f}"
         )
+    threshold = recipe.trainer.quality_threshold
+    if threshold is not None:
+        row = reached(outcome.rows, threshold, recipe.trainer.epochs)
+        said = (
+            f"not reached in {recipe.trainer.epochs} epochs" if row is None else f"reached after epoch {row['epoch']}"
+        )
+        console.print(f"quality threshold {threshold:g}: {said}")
     console.print(f"checkpoint: {outcome.checkpoint}")
+    best = max(scored, key=lambda row: (row["mean_dice"], -row["epoch"]), default=None)
+    if best is not None:
+        console.print(f"best:       {outcome.run_dir}/best (epoch {best['epoch']}, mean Dice {best['mean_dice']:.4f})")
     console.print(f"metrics:    {outcome.run_dir}/metrics.json")
     if outcome.page is not None:
         console.print(f"page:       {outcome.page}")

@@ -43,6 +43,9 @@ class TrainerConfig:
     evaluate_every: int = 1
     """Epochs from one scoring to the next; the last epoch is always scored. 0 never scores."""
 
+    quality_threshold: float | None = None
+    """Mean Dice of the held-out cases at which the run ends, with whole epochs; None trains all of `epochs`."""
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the forward pass: autocast to bf16, or to fp16 with a loss scale, or none; auto is bf16 on GPUs that have it,
     fp32 elsewhere."""
@@ -104,6 +107,12 @@ class TrainerConfig:
                 raise ConfigError(f"trainer.{field} must be 0 or more; got {getattr(self, field)}")
         if self.cpus_per_worker <= 0:
             raise ConfigError(f"trainer.cpus_per_worker must be above 0; got {self.cpus_per_worker}")
+        if self.quality_threshold is not None and not 0 < self.quality_threshold <= 1:
+            raise ConfigError(f"trainer.quality_threshold must be above 0 and at most 1; got {self.quality_threshold}")
+        if self.quality_threshold is not None and self.evaluate_every == 0:
+            raise ConfigError(
+                f"trainer.quality_threshold {self.quality_threshold} needs scores, and evaluate_every is 0; raise that"
+            )
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f"trainer.precision must be auto, fp32, bf16 or fp16; got {self.precision!r}")
         if self.compile_backend not in ("inductor", "aot_eager"):

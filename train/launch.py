@@ -8,9 +8,10 @@ import functools
 import os
 import time
 import uuid
-from collections.abc import Iterator
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow.fs
 import ray.train
@@ -19,11 +20,11 @@ from rich.console import Console
 
 from ingest.clean import sweep_run
 from ingest.cluster import connected_ray
-from ingest.errors import ConfigError, PlaceNotFoundError
+from ingest.errors import ConfigError
 from ingest.index import index_cases
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, execution_options, training_dataset
-from ingest.plan import split_holdout
+from ingest.plan import Indices
 from ingest.quarantine import summary
 from ingest.quarantine_actor import start_quarantine
 from ingest.stores import open_store
@@ -31,19 +32,21 @@ from ingest.unwrap import own_error
 
 from . import preflight
 from .checkpoint import read_position
-from .config import Recipe, from_json
+from .config import Recipe
 from .finish import ending, leave_behind
 from .follow import following
+from .holdout import save_held_out, split_of
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
 from .report import epoch_table
+from .run_folder import RECIPE_FILE, checks_of_run_dir, resolve_run_dir
 from .stop import given_up, in_thread, make_flag, on_signals
-from .validate import Holdout
+from .validate import HELD_OUT, Holdout, RankData
 from .waits import why
 
-RECIPE_FILE = "recipe.json"
 MANIFEST_FILE = "manifest.parquet"
+DatasetMaker: TypeAlias = "ray.data.Dataset | Callable[[], ray.data.Dataset]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         recipe = stack.enter_context(data_of(recipe, console))
         composed: list[str] = []
         store = dataclasses.replace(recipe.data.store, run_id=recipe.data.store.run_id or uuid.uuid4().hex)
+        unresolved = store
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, store=store))
         stack.callback(lambda: sweep_run(composed, store.run_id, store))  # after Ray's processes have ended
         stack.enter_context(connected_ray())
@@ -90,13 +94,18 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         before_s = time.perf_counter()
         manifest, recipe = open_data(recipe, f"{run_dir}/{MANIFEST_FILE}" if resumed else None, console)
         listing_s = time.perf_counter() - before_s
-        if recipe.data.store.transport == "compose":
-            composed += [recipe.data.images, recipe.data.labels]
-        train, held_out = split_holdout(recipe.data.seed, manifest.subjects(), recipe.data.holdout_fraction)
+        split = split_of(recipe.data, manifest, run_dir if resumed else None)
+        train, held_out = split.train, split.held_out
+        held_out_data = recipe.data
+        if recipe.data.eval_images:
+            held_out_data = resolve(dataclasses.replace(recipe.data, store=unresolved), held_out, console)
+        for data in (recipe.data, held_out_data):
+            composed += [data.images, data.labels] if data.store.transport == "compose" else []
         preflight.check_amount(recipe, len(train), len(held_out))
         preflight.check_smallest(recipe, manifest)
         if not resumed:
             manifest.save(f"{run_dir}/{MANIFEST_FILE}")
+            save_held_out(run_dir, split)
             open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
         bad = recipe.data.bad
         quarantine = start_quarantine(run_dir, bad, len(manifest)) if bad.quarantines else None
@@ -104,12 +113,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         job = LoopJob(
             recipe=recipe,
             run_dir=run_dir,
-            holdout=Holdout(
-                Manifest(manifest.take(held_out), manifest.images_uri, manifest.labels_uri),
-                held_out,
-                recipe.data,
-                quarantine,
-            ),
+            holdout=Holdout(held_out, split.indices, held_out_data, quarantine),
             train_cases=len(train),
             total_cases=len(manifest),
             stop_flag=make_flag(),
@@ -118,8 +122,9 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         )
         trainer = recipe.trainer
         batch = f"{trainer.accumulate} x {trainer.batch_size}" if trainer.accumulate > 1 else f"{trainer.batch_size}"
+        copies = f", {split.copies} copies of held-out ones left out" if split.copies else ""
         console.print(
-            f"{len(train)} cases to train on, {len(held_out)} held out; {recipe.trainer.num_workers} "
+            f"{len(train)} cases to train on, {len(held_out)} held out{copies}; {recipe.trainer.num_workers} "
             f"{'GPU' if use_gpu else 'CPU'} ranks of batch {batch}; run folder {run_dir}"
         )
         if resumed:
@@ -135,7 +140,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             monitor.tell("event", "stop", "asked to stop")
 
         with on_signals(ask) as stopped, ending(run_dir, monitor, console), following(job, console):
-            result = in_thread(lambda: fit(job, manifest, run_dir, use_gpu=use_gpu, listing_s=listing_s))
+            result = in_thread(lambda: fit(job, manifest, train, run_dir, use_gpu=use_gpu, listing_s=listing_s))
         rows = read_metrics(run_dir)
         console.print(epoch_table(rows))
         console.print(why(rows))
@@ -147,7 +152,9 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
     return Outcome(run_dir, rows, checkpoint, pictures, stopped.signal_number, page)
 
 
-def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool, listing_s: float) -> ray.train.Result:
+def fit(
+    job: LoopJob, manifest: Manifest, train: Indices, run_dir: str, *, use_gpu: bool, listing_s: float
+) -> ray.train.Result:
     """Run the trainer; our own errors come out as they were raised, wherever that was."""
     # A rank that reports waits until the controller looks, by default every 2 s: at 0.5 s an epoch's end costs less.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -160,8 +167,8 @@ def fit(job: LoopJob, manifest: Manifest, run_dir: str, *, use_gpu: bool, listin
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
-        datasets={"train": functools.partial(planned_dataset, job, manifest)},
-        dataset_config=ray.train.DataConfig(execution_options=execution_options()),
+        datasets=datasets_of(job, manifest, train),
+        dataset_config=RankData(execution_options=execution_options()),
         scaling_config=ray.train.ScalingConfig(
             num_workers=ranks if recipe.trainer.max_workers is None else (ranks, recipe.trainer.max_workers),  # type: ignore[arg-type]
             use_gpu=use_gpu,
@@ -199,7 +206,15 @@ def emulated_filesystem(run_dir: str) -> pyarrow.fs.FileSystem | None:
     )
 
 
-def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
+def datasets_of(job: LoopJob, manifest: Manifest, train: Indices) -> dict[str, DatasetMaker]:
+    """What the ranks read, made anew at each start; of neither is anything read before the ranks iterate it."""
+    datasets: dict[str, DatasetMaker] = {"train": functools.partial(planned_dataset, job, manifest, train)}
+    if job.recipe.trainer.evaluate_every:
+        datasets[HELD_OUT] = job.holdout.dataset
+    return datasets
+
+
+def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices) -> ray.data.Dataset:
     """The training data from where the run stands; Ray's controller calls it at each start and restart.
 
     Raises:
@@ -223,56 +238,8 @@ def planned_dataset(job: LoopJob, manifest: Manifest) -> ray.data.Dataset:
         ranks=trainer.num_workers if known else 1,
         quarantine=job.quarantine,
         record=job.monitor,
+        candidates=train,
     )
-
-
-def checks_of_run_dir(recipe: Recipe, run_dir: str) -> bool:
-    """Whether the run goes on from an earlier one; that it may is checked first.
-
-    Raises:
-        ConfigError: the folder holds a run that is not asked for, or none where one is, or one of another recipe.
-    """
-    store = open_store(run_dir)
-    try:
-        saved = next((entry for entry in store.list(RECIPE_FILE) if entry.name == RECIPE_FILE), None)
-    except PlaceNotFoundError:
-        saved = None
-    if recipe.trainer.resume is None:
-        # A run that ended before its first checkpoint has nothing to go on from: its folder is free.
-        if saved is not None and read_position(run_dir).checkpoint is not None:
-            raise ConfigError(
-                f"expected no run in {run_dir}, found one; go on with it by --trainer.resume {run_dir}, or choose "
-                "another --run-dir"
-            )
-        return False
-    if saved is None:
-        raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
-    before = from_json(store.fetch([saved])[0].decode())
-    for part in ("model", "optimizer"):
-        if getattr(before, part) != getattr(recipe, part):
-            raise ConfigError(
-                f"expected the {part} of the run in {run_dir}, {getattr(before, part)}, found {getattr(recipe, part)}; "
-                "resume with the recipe and overrides that it was started with"
-            )
-    for field in ("seed", "holdout_fraction", "crop", "augment", "decode"):
-        if getattr(before.data, field) != getattr(recipe.data, field):
-            raise ConfigError(
-                f"expected data.{field} of the run in {run_dir}, {getattr(before.data, field)}, found "
-                f"{getattr(recipe.data, field)}; resume with the recipe and overrides that it was started with"
-            )
-    return True
-
-
-def resolve_run_dir(recipe: Recipe, name: str) -> str:
-    """An absolute folder or a gs:// place, without a trailing slash; a new one where none was given."""
-    given = recipe.trainer.resume or recipe.run_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    run_dir = given.rstrip("/") if "://" in given else str(Path(given).expanduser().resolve())
-    if not run_dir.rpartition("/")[2].isascii():
-        raise ConfigError(
-            f"expected a --run-dir whose last part is plain ASCII, since Ray makes names of it, found {run_dir!r}; "
-            "choose another"
-        )
-    return run_dir
 
 
 @contextlib.contextmanager

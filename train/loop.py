@@ -26,16 +26,18 @@ from ingest.quarantine import Quarantine
 from ingest.stall import StallMeter
 
 from . import checkpoint
+from .best import reached
 from .config import Recipe
 from .finite import stop_run
 from .ledger import Ledger, attempt_name
+from .metrics import read_metrics
 from .monitor import Monitor
 from .optimizer import learning_rate_at
 from .pulse import Pulses
 from .step import TrainStep, memory_format
 from .stop import StopWatch, give_up
 from .unet3d import UNet3D
-from .validate import Holdout, evaluate, gather
+from .validate import HELD_OUT, Holdout, evaluate, gather, save_scores
 
 Batch = dict[str, torch.Tensor]
 
@@ -156,6 +158,9 @@ class RankLoop:
 
     def run(self) -> None:
         """Train every epoch that is left."""
+        threshold = self.recipe.trainer.quality_threshold
+        if threshold is not None and reached(read_metrics(self.job.run_dir), threshold, self.position.epoch):
+            return
         before: EpochPart | None = self.position.before
         for epoch in range(self.position.epoch, self.recipe.trainer.epochs):
             finished = self.epoch(epoch, before)
@@ -164,7 +169,7 @@ class RankLoop:
                 return
 
     def epoch(self, epoch: int, before: EpochPart | None) -> bool:
-        """Train one epoch, or what is left of it, and report its row; False when asked to stop in its midst."""
+        """Train one epoch, or what is left of it, and report its row; False when to stop after it, or in its midst."""
         trainer = self.recipe.trainer
         recorder = EpochRecorder(epoch, self.job.total_cases, before, keeps_before=self.rank == 0)
         done = len(before.indices) // self.step_cases if before is not None else 0
@@ -238,14 +243,15 @@ class RankLoop:
                 self.network,
                 self.job.holdout,
                 self.recipe.window,
-                rank=self.rank,
-                world_size=self.world_size,
-                device=self.device,
+                ray.train.get_dataset_shard(HELD_OUT),
+                self.device,
             )
+            if self.rank == 0:
+                save_scores(self.job.run_dir, epoch, scores)
             row |= {"mean_dice": scores.mean_dice, "dice_by_class": scores.by_class, "scored": scores.cases}
             row["evaluate_s"] = time.perf_counter() - before_s
         self.save_and_report(EpochPart(epoch + 1, np.zeros(0, dtype=np.int64)), row)
-        return True
+        return reached([row], trainer.quality_threshold, epoch + 1) is None
 
     def batches(self, shard: DataIterator) -> Iterator[Batch]:
         """This rank's batches of one epoch, a step's each, on its device."""

@@ -12,6 +12,7 @@ from ray.train import Checkpoint, UserCallback
 from ingest.stores import open_store
 from ingest.unwrap import own_error
 
+from .best import is_best, keep_best
 from .checkpoint import name_latest
 from .monitor import Monitor
 from .waits import CAUSES, add_up
@@ -66,10 +67,11 @@ class MetricsWriter(UserCallback):
         metrics: list[Row],
         checkpoint: Checkpoint | None,
     ) -> None:
-        """Write the epoch's row, if an epoch is done, then name the checkpoint as the one to go on from.
+        """Write the epoch's row, if an epoch is done, keep its checkpoint if it is the best, then go on from it.
 
-        In this order a crash between the two has the epoch trained again, and its row replaced.
+        In this order a crash in between has the epoch trained again, and its row and what was kept replaced.
         """
+        name = None if checkpoint is None else PurePosixPath(checkpoint.path).name
         finished = [report["row"] for report in metrics if report["row"] is not None]
         if finished:
             row = merge_ranks(finished)
@@ -80,8 +82,10 @@ class MetricsWriter(UserCallback):
             open_store(self._run_dir).put(METRICS_FILE, json.dumps(rows, indent=1).encode())
             if self._monitor is not None:
                 self._monitor.tell("epoch_done", row)
-        if checkpoint is not None:
-            name_latest(self._run_dir, PurePosixPath(checkpoint.path).name)
+            if name is not None and is_best(rows, row):
+                keep_best(self._run_dir, name, row)
+        if name is not None:
+            name_latest(self._run_dir, name)
 
     def after_exception(
         self,

@@ -13,7 +13,6 @@ import torch
 from .evaluate import sliding_window_logits
 from .loop import LoopJob
 from .unet3d import UNet3D
-from .validate import whole_cases
 
 CASES = 3  # that the run page shows
 LONGEST_S = 20.0  # no further case is predicted after this: a large volume takes minutes on a CPU
@@ -42,13 +41,11 @@ def predict_some(job: LoopJob, checkpoint: Path) -> list[PredictedCase]:
     network.load_state_dict(state["model"])
     network.eval()
     began_s = time.monotonic()
-    case_ids = job.holdout.rows.table["case_id"]
     found: list[PredictedCase] = []
-    for position in range(len(job.holdout.rows)):
-        for _, image_CDHW, label_1DHW in whole_cases(job.holdout, [position]):
-            logits = sliding_window_logits(network, torch.from_numpy(image_CDHW.copy()), job.recipe.window)
-            prediction_DHW = logits.argmax(dim=0).numpy().astype(np.uint8)
-            found.append(PredictedCase(case_ids[position].as_py(), image_CDHW[0], label_1DHW[0], prediction_DHW))
-        if len(found) == CASES or (found and time.monotonic() - began_s > LONGEST_S):
+    for case in job.holdout.good_cases():
+        logits = sliding_window_logits(network, torch.from_numpy(case.image.copy()), job.recipe.window)
+        prediction_DHW = logits.argmax(dim=0).numpy().astype(np.uint8)
+        found.append(PredictedCase(case.case_id, case.image[0], case.label[0], prediction_DHW))
+        if len(found) == CASES or time.monotonic() - began_s > LONGEST_S:
             break
     return found

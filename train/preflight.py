@@ -72,8 +72,8 @@ def check_amount(recipe: Recipe, train_cases: int, held_out: int) -> None:
     """At least one whole batch for every rank, and a case to score where scoring is asked for."""
     if held_out == 0 and recipe.trainer.evaluate_every:
         raise ConfigError(
-            "expected held-out cases to score, found --data.holdout-fraction 0; raise it, or give "
-            "--trainer.evaluate-every 0"
+            "expected held-out cases to score, found --data.holdout-fraction 0; raise it, name the cases with "
+            "--data.holdout-cases or --data.eval-images, or give --trainer.evaluate-every 0"
         )
     wanted = recipe.trainer.least_step_cases
     if wanted > train_cases:
@@ -107,7 +107,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def check_space(recipe: Recipe, run_dir: str) -> None:
-    """Room for the checkpoints that are kept, and the one being written; local folders only."""
+    """Room for the checkpoints that are kept, the best one and the one being written; local folders only."""
     if "://" in run_dir:
         return
     folder = Path(run_dir)
@@ -115,7 +115,7 @@ def check_space(recipe: Recipe, run_dir: str) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise ConfigError(f"expected a folder to keep the run in, found the file {folder}; choose another --run-dir")
-    needed = checkpoint_bytes(recipe) * (recipe.trainer.checkpoints_kept + 1)
+    needed = checkpoint_bytes(recipe) * (recipe.trainer.checkpoints_kept + 2)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(

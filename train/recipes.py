@@ -41,11 +41,15 @@ KITS19_SMALL = Recipe(
 
 # MLPerf Training's image segmentation: mlcommons/training, retired_benchmarks/unet3d/pytorch.
 KITS19_MLPERF = Recipe(
-    data=DataConfig(crop=CropConfig(patch=(128, 128, 128)), shards=ShardConfig(shard_cases=16), holdout_fraction=0.2),
+    data=DataConfig(
+        crop=CropConfig(patch=(128, 128, 128)), shards=ShardConfig(shard_cases=16), holdout_cases="kits19-mlperf"
+    ),
     model=UNet3DConfig(norm="instancenorm"),
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.8, warmup_epochs=200),
     window=SlidingWindowConfig(roi=(128, 128, 128)),
-    trainer=TrainerConfig(num_workers=8, batch_size=2, epochs=4000, evaluate_from=999, evaluate_every=20),
+    trainer=TrainerConfig(
+        num_workers=8, batch_size=2, epochs=4000, evaluate_from=999, evaluate_every=20, quality_threshold=0.908
+    ),
 )
 
 RECIPES: dict[str, tuple[str, Recipe]] = {

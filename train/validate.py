@@ -1,27 +1,34 @@
-"""Scores the held-out cases over all ranks, each exactly once."""
+"""Scores the held-out cases over all ranks, each exactly once: Ray Data deals them out, each rank scores its own."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import ray.train
 import torch
 import torch.distributed
 
-from ingest.decode import decode_case
-from ingest.errors import DecodeError
-from ingest.fetch import ShardSpec, read_shard
+from ingest.fetch import read_shard
 from ingest.manifest import Manifest
-from ingest.pipeline import DataConfig, views
+from ingest.pipeline import DataConfig
 from ingest.plan import Indices
-from ingest.quarantine import Quarantine, entry_of
+from ingest.quarantine import Quarantine
+from ingest.stores import open_store
+from ingest.volumes import Case, case_shard, case_volumes, decode_rows
 
 from .evaluate import SlidingWindowConfig, score_case
 
 T = TypeVar("T")
+
+HELD_OUT = "held_out"
+SCORES_FOLDER = "scores"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +36,8 @@ class Holdout:
     """The held-out cases.
 
     Attributes:
-        rows: of the manifest; each rank scores its own share of them.
-        indices: (h,) int64, their indices in the whole manifest.
+        rows: to score; with no row where nothing is held out.
+        indices: (h,) int64, their indices in the run.
         data: how they are read.
         quarantine: the run's bad cases; None where they end the run.
     """
@@ -39,6 +46,40 @@ class Holdout:
     indices: Indices
     data: DataConfig
     quarantine: Quarantine | None = None
+
+    def dataset(self) -> ray.data.Dataset:
+        """All of them, raw; nothing is read before it is iterated."""
+        return case_volumes(self.rows, self.indices, self.data, self.quarantine)
+
+    def good_cases(self) -> Iterator[Case]:
+        """The good ones, one after the other, read here."""
+        for index in range(len(self.rows)):
+            picked = np.array([index])
+            for raw in read_shard(case_shard(self.rows, picked, self.indices[picked], self.data, self.quarantine)):
+                yield from decode_rows(raw, self.data, self.quarantine)
+
+
+class RankData(ray.train.DataConfig):
+    """Deals training samples out evenly, and held-out cases each to exactly one rank."""
+
+    def configure(
+        self,
+        datasets: dict[str, ray.data.Dataset],
+        world_size: int,
+        worker_handles: list[Any] | None,
+        worker_node_ids: list[str] | None,
+        **kwargs: Any,
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """See `ray.train.DataConfig.configure`, which would leave out cases for the sake of equal numbers."""
+        others = {name: dataset for name, dataset in datasets.items() if name != HELD_OUT}
+        output: list[dict[str, ray.data.DataIterator]] = super().configure(
+            others, world_size, worker_handles, worker_node_ids, **kwargs
+        )
+        if HELD_OUT in datasets:
+            parts = datasets[HELD_OUT].streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
+            for mine, part in zip(output, parts, strict=True):
+                mine[HELD_OUT] = part
+        return output
 
 
 def gather(mine: T) -> list[T]:
@@ -51,96 +92,126 @@ def gather(mine: T) -> list[T]:
 
 
 @dataclasses.dataclass(frozen=True)
+class CaseScore:
+    """One case's Dice.
+
+    Attributes:
+        index: of the case in the run.
+        case_id: its key.
+        dice: of classes 1 to K-1.
+    """
+
+    index: int
+    case_id: str
+    dice: list[float]
+
+    @property
+    def mean_dice(self) -> float:
+        """Over the foreground classes."""
+        return float(np.mean(self.dice))
+
+
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """Held-out scores over all ranks.
 
     Attributes:
         mean_dice: mean over cases of the mean over foreground classes.
         by_class: mean over cases, for each foreground class.
-        cases: how many were scored.
+        by_case: each case's, by index.
     """
 
     mean_dice: float
     by_class: list[float]
-    cases: int
+    by_case: list[CaseScore]
+
+    @property
+    def cases(self) -> int:
+        """How many were scored."""
+        return len(self.by_case)
+
+
+def score_rows(
+    network: torch.nn.Module,
+    tables: Iterable[pa.Table],
+    data: DataConfig,
+    window: SlidingWindowConfig,
+    device: torch.device,
+    quarantine: Quarantine | None = None,
+) -> list[CaseScore]:
+    """Score raw cases, one after the other."""
+    scored = []
+    for raw in tables:
+        for case in decode_rows(raw, data, quarantine):
+            image, label = (torch.from_numpy(volume.copy()).to(device) for volume in (case.image, case.label))
+            dice = score_case(network, image, label, window)
+            scored.append(CaseScore(case.index, case.case_id, [float(value) for value in dice]))
+    return scored
+
+
+def merge(parts: Sequence[Sequence[CaseScore]], expected: int) -> Scores:
+    """All ranks' scores as one: the same to the last bit whatever the ranks, since sums are taken by index.
+
+    Args:
+        parts: what each scored.
+        expected: how many cases there are.
+
+    Raises:
+        RuntimeError: a case was scored twice or not at all.
+    """
+    by_index = {score.index: score for part in parts for score in part}
+    if sum(map(len, parts)) != len(by_index) or len(by_index) != expected:
+        raise RuntimeError(
+            f"expected {expected} good held-out cases, each scored once, found {sum(map(len, parts))} scores of "
+            f"{len(by_index)} cases; report this with the log"
+        )
+    by_case = [by_index[index] for index in sorted(by_index)]
+    table = np.array([score.dice for score in by_case], dtype=np.float64)
+    return Scores(float(table.mean()), table.mean(axis=0).tolist(), by_case)
 
 
 def evaluate(
     network: torch.nn.Module,
     holdout: Holdout,
     window: SlidingWindowConfig,
-    *,
-    rank: int,
-    world_size: int,
+    shard: ray.data.DataIterator,
     device: torch.device,
 ) -> Scores:
-    """Score every held-out case exactly once, over all ranks.
+    """Score every held-out case exactly once, over all ranks; each rank calls it.
+
+    Args:
+        network: the same on every rank.
+        holdout: all cases.
+        window: how a volume is covered.
+        shard: this rank's part of `Holdout.dataset`.
+        device: of the network.
 
     Raises:
         RuntimeError: a case was scored twice or not at all.
     """
     network.eval()
-    mine = np.arange(rank, len(holdout.rows), world_size, dtype=np.int64)
-    scored: dict[int, list[float]] = {}
-    for position, image, label in whole_cases(holdout, mine):
-        dice = score_case(
-            network,
-            torch.from_numpy(image.copy()).to(device),
-            torch.from_numpy(label.copy()).to(device),
-            window,
-        )
-        scored[int(holdout.indices[position])] = [float(value) for value in dice]
-    everyones = gather(scored)
-    merged = {index: dice for part in everyones for index, dice in part.items()}
+    tables = shard.iter_batches(batch_size=None, batch_format="pyarrow")  # type: ignore[arg-type]  # None: as blocks lie
+    mine = score_rows(network, tables, holdout.data, window, device, holdout.quarantine)
+    parts = gather(mine)
     bad = 0
     if holdout.quarantine is not None:
         bad = len(np.intersect1d(holdout.quarantine.indices(), holdout.indices))
-    if sum(map(len, everyones)) != len(merged) or len(merged) != len(holdout.rows) - bad:
-        raise RuntimeError(
-            f"expected {len(holdout.rows) - bad} good held-out cases, each scored once, found "
-            f"{sum(map(len, everyones))} scores of {len(merged)} cases; report this with the log"
-        )
-    table = np.array([merged[index] for index in sorted(merged)], dtype=np.float64)
-    return Scores(float(table.mean()), table.mean(axis=0).tolist(), len(merged))
+    return merge(parts, len(holdout.rows) - bad)
 
 
-def whole_cases(
-    holdout: Holdout, positions: Sequence[int] | Indices
-) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.uint8]]]:
-    """Read held-out cases whole, a few ahead: their position, image (C, D, H, W) and label (1, D, H, W)."""
-    data = holdout.data
-    wanted = np.asarray(positions, dtype=np.int64)
-    if len(wanted) == 0:
-        return
-    spec = ShardSpec(
-        images_uri=holdout.rows.images_uri,
-        labels_uri=holdout.rows.labels_uri,
-        store=data.store,
-        fetch=dataclasses.replace(data.fetch, chunk_cases=4, chunks_ahead=1),
-        epoch=0,
-        block=1,
-        rows=holdout.rows.take(wanted),
-        indices=holdout.indices[wanted],
-        bad=data.bad,
-        quarantine=holdout.quarantine,
-    )
-    position_of = dict(zip(spec.indices.tolist(), wanted.tolist(), strict=True))
-    for table in read_shard(spec):
-        bodies = zip(views(table["image_npy"]), views(table["label_npy"]), strict=True)
-        for row, (image_npy, label_npy) in zip(
-            table.drop_columns(["image_npy", "label_npy"]).to_pylist(), bodies, strict=True
-        ):
-            if row["left_out"]:
-                continue
-            names = {"image_name": row["image_name"], "label_name": row["label_name"]}
-            try:
-                image_CDHW, label_1DHW = decode_case(image_npy, label_npy, data.decode, **names)
-            except DecodeError as error:
-                if holdout.quarantine is None or not data.bad.takes(error):
-                    raise
-                uri = names["label_name"] if str(error).startswith(names["label_name"]) else names["image_name"]
-                holdout.quarantine.report(
-                    entry_of(error, index=row["index"], case_id=row["case_id"], uri=uri, epoch=row["epoch"])
-                )
-                continue
-            yield position_of[row["index"]], image_CDHW, label_1DHW
+def to_parquet(by_case: Sequence[CaseScore]) -> bytes:
+    """A row a case: `case_id`, `mean_dice`, and `dice_1`, `dice_2`, … by class."""
+    columns: dict[str, Any] = {
+        "case_id": [score.case_id for score in by_case],
+        "mean_dice": [score.mean_dice for score in by_case],
+    }
+    for number in range(len(by_case[0].dice) if by_case else 0):
+        columns[f"dice_{number + 1}"] = [score.dice[number] for score in by_case]
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+def save_scores(run_dir: str, epoch: int, scores: Scores) -> None:
+    """Keep an epoch's scores by case in RUN_DIR/scores/epoch-00000.parquet."""
+    open_store(run_dir).put(f"{SCORES_FOLDER}/epoch-{epoch:05d}.parquet", to_parquet(scores.by_case))

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..geometry import FOLDER, Affine
+
 IMAGES = "images/"
 LABELS = "labels/"
 
@@ -29,6 +31,13 @@ class CaseSource(Protocol):
 
     def make(self, case: int) -> Pair:
         """Make one case, a pure function of the source's settings and `case`.
+
+        Raises:
+            DecodeError: the case's input is not what it must be.
+        """
+
+    def affine(self, case: int) -> Affine:
+        """Where the voxels that `make` gives lie: (4, 4), from (d, h, w, 1) to millimetres; see `geometry`.
 
         Raises:
             DecodeError: the case's input is not what it must be.
@@ -60,6 +69,11 @@ def image_name(case: int, copy: int = 0) -> str:
 def label_name(case: int, copy: int = 0) -> str:
     """The label's object name below the output, ``labels/case_00007_y.npy``."""
     return f"{LABELS}{case_id(case, copy)}_y.npy"
+
+
+def geometry_name(case: int) -> str:
+    """The name of what tells where its voxels lie, ``geometry/case_00000.json``; copies share it."""
+    return f"{FOLDER}{case_id(case)}.json"
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:

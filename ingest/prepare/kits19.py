@@ -16,12 +16,13 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import DecodeError, EmptyListingError, MissingDependencyError, PairingError, PlaceNotFoundError
+from ..geometry import Affine, resampled_affine
 from .case import Pair, case_id
 from .resample import Shape, Spacing, pad_edge, resample_linear, resample_nearest, resampled_shape
 
@@ -64,6 +65,17 @@ class Kits19Source:
             return preprocess(image_DHW, label_DHW, spacing_mm, self.spacing_mm, self.shape)
         except DecodeError as error:
             raise DecodeError(f"{folder}: {error}", error.reason) from None
+
+    def affine(self, case: int) -> Affine:
+        """From the image's header, carried over to the prepared grid.
+
+        Raises:
+            DecodeError: the file is no NIfTI volume.
+        """
+        volume = _open_volume(Path(self.folder) / case_id(case) / IMAGE_FILE)
+        resampled = resampled_shape(volume.shape, volume.pixdim_mm, self.spacing_mm)
+        padded = [max(size, least) for size, least in zip(resampled, self.shape, strict=True)]
+        return resampled_affine(volume.affine, volume.shape, resampled, padded)
 
 
 def preprocess(
@@ -151,15 +163,15 @@ def load_pair(folder: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uin
         MissingDependencyError: nibabel is not installed.
     """
     image_path, label_path = folder / IMAGE_FILE, folder / LABEL_FILE
-    image_raw, pixdim = _read_volume(image_path)
-    label_raw, _ = _read_volume(label_path)
+    volume = _open_volume(image_path, data=True)
+    image_raw, pixdim = volume.data, volume.pixdim_mm
+    label_raw = _open_volume(label_path, data=True).data
     if image_raw.shape != label_raw.shape:
         raise DecodeError(
             f"{folder}: expected image and label of one shape, found image {image_raw.shape} and label "
             f"{label_raw.shape}; one of the two belongs to another case or was resampled: fetch it anew",
             "shape-mismatch",
         )
-    depth_mm, height_mm, width_mm = pixdim
     if not all(np.isfinite(size) and size > 0 for size in pixdim):
         raise DecodeError(
             f"{image_path}: expected a spacing above 0 mm along every axis, found {pixdim}; repair the header",
@@ -180,17 +192,27 @@ def load_pair(folder: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uin
             "the three classes first",
             "label-range",
         )
-    return image_DHW, label_DHW, (depth_mm, height_mm, width_mm)
+    return image_DHW, label_DHW, pixdim
 
 
-def _read_volume(path: Path) -> tuple[npt.NDArray[Any], list[float]]:
-    """One NIfTI file's array, scaled as its header says, and its header's pixdim[1:4] in mm."""
+class _Volume(NamedTuple):
+    """One NIfTI file: its 3-D array, scaled as its header says where asked for, pixdim[1:4] in mm, and its affine."""
+
+    shape: Shape
+    data: npt.NDArray[Any]
+    pixdim_mm: Spacing
+    affine: Affine
+
+
+def _open_volume(path: Path, *, data: bool = False) -> _Volume:
     nibabel = import_nibabel()
     try:
         file = nibabel.load(path)
         shape = tuple(file.shape)
-        pixdim = file.header["pixdim"][1:4].tolist()
-        data = np.asarray(file.dataobj) if len(shape) == 3 and 0 not in shape else None
+        depth_mm, height_mm, width_mm = file.header["pixdim"][1:4].tolist()
+        affine = np.asarray(file.affine, np.float64)
+        whole = len(shape) == 3 and 0 not in shape
+        array = np.asarray(file.dataobj) if whole and data else np.empty(0)
     except (
         nibabel.filebasedimages.ImageFileError,
         nibabel.spatialimages.HeaderDataError,
@@ -205,12 +227,12 @@ def _read_volume(path: Path) -> tuple[npt.NDArray[Any], list[float]]:
             f"({type(error).__name__}: {error}); fetch it anew",
             "not-nifti",
         ) from error
-    if data is None:
+    if not whole:
         raise DecodeError(
             f"{path}: expected a 3-D volume (D, H, W) with voxels, found shape {shape}; take one volume out of it",
             "not-3d",
         )
-    return data, pixdim
+    return _Volume(shape, array, (depth_mm, height_mm, width_mm), affine)
 
 
 def import_nibabel() -> ModuleType:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DecodeError, MissingDependencyError
+from ..geometry import Affine
 from .case import Pair
 from .kits19 import import_nibabel
 from .resample import Shape
@@ -87,6 +88,15 @@ class Mni152Source:
         """
         rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, case], np.uint64)))
         return warp_template(self.template, self.shape, draw_subject(rng), rng)
+
+    def affine(self, case: int) -> Affine:  # noqa: ARG002  all cases are drawn on one grid
+        """The grid's, its middle at 0 mm: D upwards (z), H to the front (y), W to the right (x)."""
+        matrix = np.zeros((4, 4))
+        for axis, (row, size) in enumerate(zip((2, 1, 0), self.shape, strict=True)):
+            matrix[row, axis] = self.template.voxel_mm
+            matrix[row, 3] = -(size - 1) / 2 * self.template.voxel_mm
+        matrix[3, 3] = 1
+        return matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

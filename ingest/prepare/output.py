@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ConfigError, ObjectError, PlaceNotFoundError
+from ..geometry import to_json
 from ..stores.base import Lists, ObjectMeta, Store, open_store
-from .case import IMAGES, LABELS, CaseSource, image_name, label_name, npy_bytes
+from .case import IMAGES, LABELS, CaseSource, geometry_name, image_name, label_name, npy_bytes
 
 SETTINGS = "prepare.json"
 FORMAT = "voxflux-prepare"
@@ -75,7 +76,7 @@ def plan_jobs(found: dict[str, ObjectMeta], cases: Sequence[int], copies: int) -
 
 
 def run_job(source: CaseSource, output: str, job: Job) -> Job:
-    """Make or read one case and write what is missing of it, each image before its label.
+    """Make or read one case and write what is missing of it: its affine, and each image before its label.
 
     Opens its own store: this is what a Ray task runs.
 
@@ -89,6 +90,7 @@ def run_job(source: CaseSource, output: str, job: Job) -> Job:
     else:
         pair = source.make(job.case)
         image, label = npy_bytes(pair.image), npy_bytes(pair.label)
+        store.put(geometry_name(job.case), to_json(source.affine(job.case)))
 
     def write(copy: int) -> None:
         store.put(image_name(job.case, copy), image)

@@ -1,0 +1,143 @@
+"""Which cases are held out: those of a list, a share of the subjects, or all of a second pair of URIs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import posixpath
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .errors import ConfigError, PlaceNotFoundError
+from .manifest import Manifest
+from .plan import Indices, split_holdout
+from .stores.base import StoreConfig, open_store
+
+SHIPPED = {"kits19-mlperf": "kits19-mlperf-cases.txt"}
+"""Lists that come with voxflux, by the name that stands for them."""
+
+SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Training and held-out cases.
+
+    Attributes:
+        train: (n,) int64, indices to train on, ascending.
+        held_out: the cases to score; with no row where nothing is held out.
+        indices: (h,) int64, their indices; those of a second pair follow on the manifest's own, so that an index
+            names one case of the run.
+        copies: copies of listed cases, neither trained on nor scored.
+    """
+
+    train: Indices
+    held_out: Manifest
+    indices: Indices
+    copies: int = 0
+
+
+def split_by_fraction(manifest: Manifest, seed: int, fraction: float) -> Split:
+    """Hold out a share of the subjects; see `plan.split_holdout`.
+
+    Raises:
+        ConfigError: nothing would be left to train on.
+    """
+    train, held_out = split_holdout(seed, manifest.subjects(), fraction)
+    return Split(train, part_of(manifest, held_out), held_out)
+
+
+def split_by_list(manifest: Manifest, names: Sequence[str], source: str) -> Split:
+    """Hold out the listed cases; copies of them (`prepare --copies`) are not trained on either, nor scored.
+
+    Args:
+        manifest: of all cases.
+        names: case ids; see `pick_cases`.
+        source: where the list is from, for messages.
+
+    Raises:
+        ConfigError: a listed case is not in the manifest, or nothing would be left to train on.
+    """
+    held_out = pick_cases(manifest, names, source)
+    subjects = manifest.subjects()
+    kept_out = np.isin(subjects, subjects[held_out])
+    train = np.flatnonzero(~kept_out)
+    if len(train) == 0:
+        raise ConfigError(
+            f"{source}: expected cases to train on beside the {len(held_out)} listed ones, found none in "
+            f"{manifest.images_uri}; shorten the list or add cases"
+        )
+    return Split(train, part_of(manifest, held_out), held_out, int(kept_out.sum()) - len(held_out))
+
+
+def split_by_second(manifest: Manifest, second: Manifest) -> Split:
+    """Train on every case of one manifest, and score every case of another."""
+    total = len(manifest)
+    return Split(np.arange(total), second, np.arange(total, total + len(second)))
+
+
+def pick_cases(manifest: Manifest, names: Sequence[str], source: str) -> Indices:
+    """The indices of cases by their ids, (h,) int64, ascending, each once.
+
+    Args:
+        manifest: of all cases.
+        names: case ids; bare numbers, as MLPerf's own list has them, stand for `case_NUMBER`.
+        source: where the list is from, for messages.
+
+    Raises:
+        ConfigError: a case is not in the manifest, or the list is empty.
+    """
+    if not names:
+        raise ConfigError(f"{source}: expected case ids, one a line, found none; list the cases to hold out")
+    ids = manifest.table["case_id"]
+    wanted = list(dict.fromkeys(f"case_{name}" if name.isdigit() else name for name in names))
+    found = pc.index_in(pa.array(wanted, pa.string()), value_set=ids.combine_chunks())
+    missing = [name for name, index in zip(wanted, found.to_pylist(), strict=True) if index is None]
+    if missing:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        raise ConfigError(
+            f"{source}: expected each of its {len(wanted)} cases in {manifest.images_uri}, found {len(missing)} not "
+            f"among the {len(manifest)} there: {', '.join(missing[:SHOWN])}{more} (there: {ids[0].as_py()}, …); "
+            "upload them, or take them off the list"
+        )
+    return np.sort(found.to_numpy().astype(np.int64))
+
+
+def part_of(manifest: Manifest, indices: Indices) -> Manifest:
+    """A manifest of some of the cases."""
+    return Manifest(manifest.take(indices), manifest.images_uri, manifest.labels_uri)
+
+
+def read_case_list(source: str, store: StoreConfig | None = None) -> list[str]:
+    """Case ids from a text file: one a line; empty lines and what follows a # are passed over.
+
+    Args:
+        source: a path or URI, or the name of a list in `SHIPPED`.
+        store: how to open it.
+
+    Raises:
+        ConfigError: there is no such file, or it is no text.
+    """
+    if source in SHIPPED:
+        text = importlib.resources.files(__package__).joinpath(SHIPPED[source]).read_text(encoding="utf-8")
+    else:
+        place, name = posixpath.split(source)
+        opened = open_store(place or ".", store)
+        try:
+            entry = next((entry for entry in opened.list(name) if name and entry.name == name), None)
+        except PlaceNotFoundError:
+            entry = None
+        if entry is None:
+            raise ConfigError(
+                f"expected a file of case ids at {source}, found none; check the path, or name a list that comes with "
+                f"voxflux: {', '.join(SHIPPED)}"
+            )
+        try:
+            text = opened.fetch([entry])[0].decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source}: expected case ids, one a line, found no text ({error}); check it") from error
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line]

@@ -1,0 +1,99 @@
+"""Images without labels: what a place holds of them, and reading some of them whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from .errors import ConfigError, PairingError
+from .listing import list_objects
+from .pairing import EQUAL_NAMES, SUFFIXED_IMAGE
+from .stores.base import ObjectMeta, StoreConfig, open_store
+
+IMAGE_SCHEMA = pa.schema(
+    [
+        pa.field("case_id", pa.string(), nullable=False),
+        pa.field("image_name", pa.string(), nullable=False),
+        pa.field("image_npy", pa.large_binary(), nullable=False),
+    ]
+)
+
+
+class Image(NamedTuple):
+    """One image and its key."""
+
+    case_id: str
+    meta: ObjectMeta
+
+
+class ImageShard(NamedTuple):
+    """Plain values that tell a worker which images to read."""
+
+    uri: str
+    store: StoreConfig
+    images: tuple[Image, ...]
+
+
+def list_images(uri: str, store: StoreConfig | None = None, pattern: str | None = None) -> list[Image]:
+    """List a place's images, in byte order of keys.
+
+    Args:
+        uri: the place.
+        store: how to open it.
+        pattern: regular expression with one group, the key, matched against whole names. None: names ending in
+            `_x.npy` where there is one, else all that end in `.npy`.
+
+    Raises:
+        ConfigError: the pattern is no such regular expression.
+        StoreError: the place cannot be listed, or is empty.
+        PairingError: it holds no image, or two of the same key.
+    """
+    objects = list_objects(open_store(uri, store))
+    if pattern is None:
+        suffixed = any(re.fullmatch(SUFFIXED_IMAGE, entry.name) for entry in objects)
+        pattern = SUFFIXED_IMAGE if suffixed else EQUAL_NAMES
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"--pattern: {pattern!r} is not a regular expression ({error}); mend it") from error
+    if compiled.groups != 1:
+        raise ConfigError(f"--pattern: expected one group, the key, found {compiled.groups} in {pattern!r}")
+    found: dict[str, Image] = {}
+    for entry in objects:
+        match = compiled.fullmatch(entry.name)
+        if match is None:
+            continue
+        key = match.group(1) or ""
+        if key in found:
+            raise PairingError(
+                f"expected one image a key in {uri}, found {found[key].meta.name} and {entry.name} for {key!r}; remove "
+                "one, or give --pattern"
+            )
+        found[key] = Image(key, entry)
+    if not found:
+        raise PairingError(
+            f"expected images in {uri}, found none among {len(objects)} objects (first: {objects[0].name}); check the "
+            "URI, or give --pattern"
+        )
+    return [found[key] for key in sorted(found, key=lambda key: key.encode())]
+
+
+def read_images(shard: ImageShard) -> Iterator[pa.Table]:
+    """Yield a shard's images, raw, one a table.
+
+    Yields:
+        Tables of `IMAGE_SCHEMA`.
+
+    Raises:
+        StoreError: an image cannot be read.
+    """
+    store = open_store(shard.uri, shard.store)
+    for image in shard.images:
+        body = store.fetch([image.meta])[0]
+        yield pa.table(
+            {"case_id": [image.case_id], "image_name": [store.uri_of(image.meta.name)], "image_npy": [body]},
+            schema=IMAGE_SCHEMA,
+        )

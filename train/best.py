@@ -1,0 +1,43 @@
+"""Keeps the checkpoint with the best mean Dice: a copy that no later checkpoint replaces unless it scores higher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ingest.stores import open_store
+
+from .checkpoint import STATE_FILE
+
+BEST_FILE = "best.json"
+BEST_FOLDER = "best"
+Row = dict[str, Any]
+
+
+def is_best(rows: Sequence[Row], row: Row) -> bool:
+    """Whether this epoch scored higher than each before it."""
+    dice = row["mean_dice"]
+    earlier = [r["mean_dice"] for r in rows if r["epoch"] < row["epoch"] and r["mean_dice"] is not None]
+    return dice is not None and all(dice > other for other in earlier)
+
+
+def keep_best(run_dir: str, checkpoint: str, row: Row) -> None:
+    """Copy a checkpoint's weights to RUN_DIR/best, in one step, then name them in RUN_DIR/best.json.
+
+    Ray Train deletes the checkpoints that it knows of, the oldest first; of this copy it knows nothing.
+    """
+    store = open_store(run_dir)
+    name = f"{checkpoint}/{STATE_FILE}"
+    entry = next(entry for entry in store.list(name) if entry.name == name)
+    store.put(f"{BEST_FOLDER}/{STATE_FILE}", store.fetch([entry])[0])
+    about = {"checkpoint": BEST_FOLDER, "epoch": row["epoch"], "step": row["step"], "mean_dice": row["mean_dice"]}
+    store.put(BEST_FILE, json.dumps(about, indent=1).encode())
+
+
+def reached(rows: Sequence[Row], threshold: float | None, epochs: int) -> Row | None:
+    """The epoch, of the first so many, whose mean Dice reached a threshold; None where none did or none is set."""
+    if threshold is None:
+        return None
+    scored = [row for row in rows if row["epoch"] < epochs and row["mean_dice"] is not None]
+    return next((row for row in scored if row["mean_dice"] >= threshold), None)
