@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ def connected_ray() -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    given = _given_to_job()
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ and name not in given}
     runtime_env = {"env_vars": passed} if passed else None
     here = not os.environ.get("RAY_ADDRESS")
     if here:
@@ -41,3 +43,10 @@ def connected_ray() -> Iterator[bool]:
         yield here
     finally:
         ray.shutdown()
+
+
+def _given_to_job() -> dict[str, str]:
+    """The variables that the job we run in was submitted with: Ray passes these on, and takes none of them twice."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    variables: dict[str, str] = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return variables
