@@ -71,7 +71,7 @@ def follow(client: JobSubmissionClient, submission_id: str, console: Console) ->
         try:
             shown = _print_log(client, submission_id, shown)
             break
-        except _Interrupted as interrupted:
+        except InterruptedLogError as interrupted:
             shown = interrupted.shown
             if asked or not _asks_to_stop(submission_id, console):
                 console.print(
@@ -89,7 +89,7 @@ def follow(client: JobSubmissionClient, submission_id: str, console: Console) ->
     return EXIT_STATUS.get(ended.status.value, 1)
 
 
-class _Interrupted(Exception):
+class InterruptedLogError(Exception):
     """Ctrl-C, with the number of characters of the log shown so far."""
 
     def __init__(self, shown: int) -> None:
@@ -119,7 +119,7 @@ def _print_log(client: JobSubmissionClient, submission_id: str, shown: int) -> i
         try:
             asyncio.run(tail())
         except KeyboardInterrupt:
-            raise _Interrupted(count[0]) from None
+            raise InterruptedLogError(count[0]) from None
         except (RuntimeError, OSError, asyncio.TimeoutError) as error:  # aiohttp's are RuntimeError or OSError, or:
             reason = str(error)
         except Exception as error:
@@ -138,7 +138,7 @@ def _print_log(client: JobSubmissionClient, submission_id: str, shown: int) -> i
                 )
             time.sleep(POLL_S * lost)
         except KeyboardInterrupt:
-            raise _Interrupted(count[0]) from None
+            raise InterruptedLogError(count[0]) from None
 
 
 def _asks_to_stop(submission_id: str, console: Console) -> bool:

@@ -36,8 +36,9 @@ sys.exit(any(importlib.util.find_spec(name) is None for name in ("ray", "torch",
     exec "$python" -m train run --config {recipe} --name {name}
   fi
 done
-echo "error: expected a Python on this node that has Ray, torch and voxflux, found none (tried: {given}" \\
-  "$ray_python, python3 and python of PATH $PATH); install voxflux there with constraints.txt, or name one by --python" >&2
+echo "error: expected a Python on this node that has Ray, torch and voxflux, found none (tried {given}" \\
+  "$ray_python, python3 and python of PATH $PATH);" \\
+  "install voxflux there with constraints.txt, or name one by --python" >&2
 exit 1
 """
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
-from ingest.cluster import PASSED_ON
 from ingest.errors import ConfigError
 
 from .config import Recipe
@@ -85,15 +84,18 @@ def submit(submission: Submission, name: str, console: Console) -> tuple[JobSubm
             f"expected a --submission-id of letters, digits, '-', '_' and '.', found {submission_id!r}; choose another"
         )
     metadata = {"recipe": name} | pairs("--metadata", submission.metadata)
-    env = {key: os.environ[key] for key in PASSED_ON if key in os.environ} | pairs("--env", submission.env)
     # Ray kills a stopped job after 3 s unless told otherwise: too short to save.
-    env = {"RAY_JOB_STOP_WAIT_TIME_S": str(submission.stop_wait_s)} | env
+    env = {"RAY_JOB_STOP_WAIT_TIME_S": str(submission.stop_wait_s)} | pairs("--env", submission.env)
     recipe = placed(submission.recipe, submission_id)
-    if not (recipe.demo or recipe.data.manifest or (recipe.data.images and recipe.data.labels)):
+    named = recipe.data.manifest or (recipe.data.images and recipe.data.labels)
+    if not named and recipe.demo is None:
         raise ConfigError(
             f"expected two URIs, --data.images and --data.labels, found images {recipe.data.images!r} and labels "
             f"{recipe.data.labels!r}; give both, or a --data.manifest"
         )
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+    if named and emulator:  # a demo that makes its data serves it there, and tells its workers where
+        env = {"STORAGE_EMULATOR_HOST": emulator} | env
     if not submission.check:
         recipe = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, check_resources=False))
     with contextlib.ExitStack() as stack:
