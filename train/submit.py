@@ -123,7 +123,8 @@ def check_cluster(client: JobSubmissionClient, recipe: Recipe, console: Console)
     facts = ask_cluster(client)
     check_versions(facts)
     check_resources(recipe, facts)
-    for warning in place_warnings(recipe, ray.util.get_node_ip_address(), facts.node_ips):
+    here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    for warning in place_warnings(recipe, here, facts.node_ips):
         console.print(f"warning: {warning}")
 
 

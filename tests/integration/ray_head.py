@@ -41,12 +41,18 @@ def ray_head(folder: Path, cpus: int = 4) -> Iterator[Head]:
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(folder)}
     env |= {"RAY_USAGE_STATS_ENABLED": "0", "PATH": "/usr/bin:/bin"}
     kinds = ["port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"]
-    kinds += ["runtime-env-agent-port", "metrics-export-port", "node-manager-port", "object-manager-port"]
+    kinds += [
+        "runtime-env-agent-port",
+        "metrics-export-port",
+        "node-manager-port",
+        "object-manager-port",
+        "ray-client-server-port",
+    ]
     ports = dict(zip(kinds, free_ports(len(kinds)), strict=True))
     sessions = Path("/tmp") / f"vf-{secrets.token_hex(4)}"
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus", str(cpus)]
     command += ["--dashboard-host", "127.0.0.1", "--node-ip-address", "127.0.0.1", "--temp-dir", str(sessions)]
-    command += ["--object-store-memory", str(200 * 2**20), "--ray-client-server-port", "0", "--disable-usage-stats"]
+    command += ["--object-store-memory", str(200 * 2**20), "--disable-usage-stats"]
     command += [part for kind, port in ports.items() for part in (f"--{kind}", str(port))]
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     with (folder / "head.log").open("wb") as log:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .ray_head import Head, ray_head
+from tests.integration.ray_head import Head, ray_head
 
 SMALL = [
     *("--demo.cases", "24", "--demo.shape", "16", "16", "16", "--data.crop.patch", "8", "8", "8"),

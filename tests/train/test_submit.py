@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from ingest.errors import ConfigError
+from tests.train.fake_dashboard import fake_dashboard, node
 from train.__main__ import main
 from train.config import from_json
 from train.job_package import PACKAGE_LIMIT_BYTES, RECIPE_NAME, SCRIPT_NAME, check_size, job_package
 from train.job_places import place_warnings, placed
 from train.recipes import DEMO
-
-from .fake_dashboard import fake_dashboard, node
 
 
 @pytest.fixture
