@@ -21,14 +21,16 @@ ENTRYPOINT = f"sh {SCRIPT_NAME}"
 # through, takes requests of up to 100 MiB (DASHBOARD_CLIENT_MAX_SIZE): the smaller one counts.
 PACKAGE_LIMIT_BYTES = 100 * 2**20
 
-# An entrypoint `python` would be whatever the head's PATH has. The node's raylet knows the interpreter that it starts
-# its workers with, and says so on its command line; where there is no /proc, the PATH's Pythons are tried.
+# An entrypoint `python` would be whatever the head's PATH has. The raylet, an ancestor of every job, has the
+# interpreter that it starts workers with on its command line; where there is no /proc, the PATH's Pythons are tried.
 SCRIPT = """\
 ray_python=""
-if [ -r "/proc/$RAY_RAYLET_PID/cmdline" ]; then
-  ray_python=$(tr '\\0' '\\n' < "/proc/$RAY_RAYLET_PID/cmdline" \\
+pid=$$
+while [ -z "$ray_python" ] && [ -r "/proc/$pid/status" ]; do
+  ray_python=$(tr '\\0' '\\n' < "/proc/$pid/cmdline" \\
     | sed -n 's/^--python_worker_command=\\([^ ]*\\) .*/\\1/p')
-fi
+  pid=$(sed -n 's/^PPid:[[:space:]]*//p' "/proc/$pid/status")
+done
 for python in {given} "$ray_python" python3 python; do
   if [ -n "$python" ] && "$python" -c '
 import importlib.util, sys
