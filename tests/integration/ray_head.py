@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
+from tests.integration.test_resume import alive, descendants
 
 
 class Head(NamedTuple):
@@ -89,15 +89,16 @@ def wait_for_dashboard(head: subprocess.Popen[bytes], address: str, log: Path) -
 
 def end(head: subprocess.Popen[bytes]) -> None:
     """The head and every process that came of it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        processes = psutil.Process(head.pid).children(recursive=True)
-        head.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=10)
-        _, alive = psutil.wait_procs(processes, timeout=5)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+    started = descendants(head.pid)
+    head.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(timeout=3)
+    deadline = time.monotonic() + 2
+    while alive(started) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in alive(started):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     if head.poll() is None:
         head.kill()
     head.wait()

@@ -79,6 +79,7 @@ def test_ctrl_c_asks_and_a_job_that_is_stopped_saves_first(head, tmp_path):
         if "epoch 2/" in lines[-1]:
             process.send_signal(signal.SIGINT)
             os.write(terminal, b"n\n")
+    process.stdout.close()
     assert process.wait(timeout=30) == 130, "".join(lines)
     os.close(terminal)
     assert "job long goes on" in "".join(lines)
