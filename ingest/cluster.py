@@ -18,8 +18,8 @@ PASSED_ON = ("STORAGE_EMULATOR_HOST",)  # workers of a running cluster do not in
 def connected_ray() -> Iterator[bool]:
     """Connect to Ray, and disconnect again where it was not connected before.
 
-    An initialised Ray is taken as it is; RAY_ADDRESS names a cluster; else Ray starts here and stays quiet: its
-    logs lie under /tmp/ray, and errors come as exceptions.
+    An initialised Ray is taken as it is; RAY_ADDRESS names a cluster; else Ray starts here. It stays quiet: its logs
+    lie in its session folder (/tmp/ray) and on the dashboard, and errors come as exceptions.
 
     Yields:
         Whether Ray was started here.
@@ -31,13 +31,15 @@ def connected_ray() -> Iterator[bool]:
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ and name not in given}
     runtime_env = {"env_vars": passed} if passed else None
     here = not os.environ.get("RAY_ADDRESS")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # Ray Data prints with a traceback what it raises, and we print what is raised.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # What workers print, progress bars above all, would bury the run's own lines, in a job's log too.
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": runtime_env}
     if here:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        # Ray Data prints with a traceback what it raises, and we print what is raised.
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
+        ray.init(include_dashboard=False, **quiet)
     else:
-        ray.init(runtime_env=runtime_env)
+        ray.init(**quiet)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield here

@@ -40,6 +40,8 @@ def test_a_demo_runs_as_a_job_to_its_end_and_is_asked_after(head):
     assert status == 0, printed
     assert "epoch 1/1: loss" in printed
     assert "job first: SUCCEEDED" in printed
+    assert "Running Dataset" not in printed
+    assert "RayTrainWorker" not in printed
     assert (Path(head.env["HOME"]) / "voxflux/runs/first/metrics.json").exists()
     status, printed = train(head, "status", "first")
     assert status == 0
