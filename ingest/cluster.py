@@ -35,11 +35,12 @@ def connected_ray() -> Iterator[bool]:
     # Ray Data prints with a traceback what it raises, and we print what is raised.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # What workers print, progress bars above all, would bury the run's own lines, in a job's log too.
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": runtime_env}
-    if here:
-        ray.init(include_dashboard=False, **quiet)
-    else:
-        ray.init(**quiet)
+    ray.init(
+        include_dashboard=False if here else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env=runtime_env,
+    )
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield here
