@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,6 +63,7 @@ def ray_head(folder: Path, cpus: int = 4) -> Iterator[Head]:
         yield Head(address, env)
     finally:
         end(head)
+        shutil.rmtree(sessions, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:
