@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ PASSED_ON = ("STORAGE_EMULATOR_HOST",)  # workers of a running cluster do not in
 def connected_ray() -> Iterator[bool]:
     """Connect to Ray, and disconnect again where it was not connected before.
 
-    An initialised Ray is taken as it is; RAY_ADDRESS names a cluster; else Ray starts here and stays quiet: its
-    logs lie under /tmp/ray, and errors come as exceptions.
+    An initialised Ray is taken as it is; RAY_ADDRESS names a cluster; else Ray starts here. It stays quiet: its logs
+    lie in its session folder (/tmp/ray) and on the dashboard, and errors come as exceptions.
 
     Yields:
         Whether Ray was started here.
@@ -26,18 +27,29 @@ def connected_ray() -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    given = _given_to_job()
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ and name not in given}
     runtime_env = {"env_vars": passed} if passed else None
     here = not os.environ.get("RAY_ADDRESS")
-    if here:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        # Ray Data prints with a traceback what it raises, and we print what is raised.
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)
-    else:
-        ray.init(runtime_env=runtime_env)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # Ray Data prints with a traceback what it raises, and we print what is raised.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # What workers print, progress bars above all, would bury the run's own lines, in a job's log too.
+    ray.init(
+        include_dashboard=False if here else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env=runtime_env,
+    )
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield here
     finally:
         ray.shutdown()
+
+
+def _given_to_job() -> dict[str, str]:
+    """The variables that the job we run in was submitted with: Ray passes these on, and takes none of them twice."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    variables: dict[str, str] = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return variables

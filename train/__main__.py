@@ -27,6 +27,11 @@ COMMANDS = {
         "--checkpoint RUN_DIR|CHECKPOINT --images URI --output URI",
         "write label maps",
     ),
+    "submit": ("train.submit:submit_recipe", "RECIPE [--address URL] [overrides]", "train as a job on a Ray cluster"),
+    "status": ("train.jobs:job_status", "JOB [--address URL]", "how a submitted job stands"),
+    "logs": ("train.jobs:job_logs", "JOB [--follow] [--address URL]", "what it printed"),
+    "stop": ("train.jobs:stop_job", "JOB [--address URL]", "have it save and end"),
+    "list": ("train.jobs:list_jobs", "[--address URL]", "the cluster's jobs"),
     "audit": ("train.commands:audit_run", "RUN_DIR [--ledger DIR]", "hold a run's ledger against its checkpoints"),
 }
 """Name: function that takes the rest of the arguments and gives the exit status, its arguments, what it does."""

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+from pathlib import Path
 
 import tyro
 from rich.console import Console
 
+from ingest.errors import ConfigError
+
+from .config import Recipe, from_json
 from .recipes import RECIPES
 
 
+def chosen_recipe(arguments: list[str]) -> tuple[Recipe, str]:
+    """The recipe that is named, or saved in a file, with its overrides; and its name.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no recipe.
+    """
+    if not arguments or not arguments[0].startswith("--config"):
+        recipe = tyro.extras.overridable_config_cli(RECIPES, prog="python -m train run", args=arguments)
+        return recipe, next(argument for argument in arguments if argument in RECIPES)
+    parser = argparse.ArgumentParser(prog="python -m train run", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--name", default=None)
+    given, overrides = parser.parse_known_args(arguments)
+    try:
+        text = Path(given.config).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"expected a saved recipe in {given.config}, found none ({error}); check --config") from error
+    recipe = tyro.cli(Recipe, prog="python -m train run", default=from_json(text), args=overrides)
+    return recipe, given.name or Path(given.config).stem
+
+
 def run_recipe(arguments: list[str]) -> int:
-    """`python -m train run RECIPE [overrides]`."""
-    recipe = tyro.extras.overridable_config_cli(RECIPES, prog="python -m train run", args=arguments)
-    name = next(argument for argument in arguments if argument in RECIPES)
+    """`python -m train run RECIPE [overrides]`, or `run --config FILE [--name NAME] [overrides]`."""
+    recipe, name = chosen_recipe(arguments)
     console = Console(soft_wrap=True)
     from .best import reached
     from .launch import run  # Ray and torch load here, so that --help answers at once

@@ -75,6 +75,9 @@ class TrainerConfig:
     max_workers: int | None = None
     """With it the run is elastic: from num_workers to max_workers ranks, as many as there is room for."""
 
+    check_resources: bool = True
+    """Refuse a run for which the cluster has no free CPUs or GPUs; without, it waits, as for a cluster that grows."""
+
     resume: str | None = None
     """The folder of a run to go on with, from its last checkpoint; also with another number of ranks."""
 

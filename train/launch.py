@@ -258,7 +258,7 @@ def data_of(recipe: Recipe, console: Console) -> Iterator[Recipe]:
     from ingest.prepare import PrepareConfig, prepare
 
     bucket = "voxflux-demo"
-    root = Path(recipe.demo.data_dir).resolve()
+    root = Path(recipe.demo.data_dir).expanduser().resolve()
     shape = "x".join(map(str, recipe.demo.shape))
     place = f"mni152-{shape}-{recipe.demo.cases}"
     console.print(f"making or finding {recipe.demo.cases} MNI152-derived cases of {shape} in {root}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from .unet3d import UNet3D, check_patch
 
 # A checkpoint holds the weights and, for each, up to two moments of the optimiser.
 CHECKPOINT_COPIES = {"sgd": 2, "adamw": 3}
+FREE_WITHIN_S = 5.0
 
 
 def check_model(recipe: Recipe) -> None:
@@ -125,7 +127,39 @@ def check_space(recipe: Recipe, run_dir: str) -> None:
 
 
 def check_cluster(recipe: Recipe) -> bool:
-    """CPUs and GPUs of the cluster that Ray is connected to; whether each rank takes a GPU."""
+    """CPUs and GPUs of the cluster that Ray is connected to; whether each rank takes a GPU.
+
+    Those that another job holds count as missing: Ray would wait for them without a word and without end.
+
+    Raises:
+        ConfigError: there are too few of them, or too few are free within FREE_WITHIN_S.
+    """
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if not recipe.trainer.check_resources:
+        wanted = recipe.trainer.use_gpu
+        return resources.get("GPU", 0.0) >= recipe.trainer.num_workers if wanted is None else wanted
     check_cpus(recipe, resources.get("CPU", 0.0))
-    return check_gpus(recipe, resources.get("GPU", 0.0))
+    use_gpu = check_gpus(recipe, resources.get("GPU", 0.0))
+    check_free(recipe, use_gpu)
+    return use_gpu
+
+
+def check_free(recipe: Recipe, use_gpu: bool) -> None:
+    """What the run needs must be free, or become so: a run that has just ended frees it within seconds."""
+    trainer = recipe.trainer
+    need = {"CPU": trainer.num_workers * trainer.cpus_per_worker + recipe.data.task_cpus}
+    if use_gpu:
+        need["GPU"] = float(trainer.num_workers)
+    deadline = time.monotonic() + FREE_WITHIN_S
+    while True:
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        short = [kind for kind, amount in need.items() if free.get(kind, 0.0) + 1e-6 < amount]
+        if not short:
+            return
+        if time.monotonic() > deadline:
+            kind = short[0]
+            raise ConfigError(
+                f"expected {need[kind]:g} free {kind}s, found {free.get(kind, 0.0):g}: other jobs hold the rest; wait "
+                "for them or stop them, or give --trainer.check-resources False to have the run wait"
+            )
+        time.sleep(0.2)

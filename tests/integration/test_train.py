@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from rich.console import Console
 
@@ -173,3 +175,23 @@ def test_a_run_is_kept_in_a_bucket_and_gone_on_with_there(places, bucket):
 def test_a_run_folder_that_ray_cannot_name_is_refused(places, tmp_path):
     with pytest.raises(ConfigError, match="plain ASCII"):
         run(tiny(places.gs, tmp_path / "ünï"), "tiny", quiet())
+
+
+def test_a_run_without_a_spare_cpu_is_refused_within_seconds_also_when_others_hold_them(places, tmp_path):
+    @ray.remote(num_cpus=3.5)
+    class Holder:
+        def ready(self) -> None:
+            pass
+
+    holder = Holder.remote()
+    ray.get(holder.ready.remote())
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"expected 1\.5 free CPUs, found 0\.5: other jobs hold the rest"):
+        run(tiny(places.local, tmp_path / "run"), "tiny", quiet())
+    assert time.monotonic() - started < 10
+    ray.kill(holder)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"expected at least 0\.5 CPUs for reading .* found 0"):
+        run(tiny(places.local, tmp_path / "run", cpus_per_worker=2.0), "tiny", quiet())
+    assert time.monotonic() - started < 10
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,96 @@
+"""Jobs on a real `ray start --head` with a token: submitted, followed, listed, asked after, stopped."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ingest.stores import open_store
+from ingest.testing import make_cases
+from tests.integration.ray_head import Head, ray_head
+
+SMALL = [
+    *("--data.crop.patch", "8", "8", "8", "--window.roi", "8", "8", "8", "--model.filters", "4", "8"),
+    *("--model.bottleneck", "8", "--trainer.num-workers", "1", "--trainer.evaluate-every", "0"),
+    *("--data.task-cpus", "0.5"),
+]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    with ray_head(tmp_path_factory.mktemp("head")) as started:
+        yield started
+
+
+def train(head: Head, command: str, *arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    call = [sys.executable, "-m", "train", command, *arguments, "--address", head.address]
+    done = subprocess.run(call, env=head.env | (env or {}), capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_demo_runs_as_a_job_to_its_end_and_is_asked_after(head):
+    options = [*SMALL, "--demo.cases", "24", "--demo.shape", "16", "16", "16", "--trainer.epochs", "1"]
+    options += ["--submission-id", "first", "--metadata", "team=imaging"]
+    status, printed = train(head, "submit", "demo", *options, "--follow")
+    assert status == 0, printed
+    assert "epoch 1/1: loss" in printed
+    assert "job first: SUCCEEDED" in printed
+    assert "Running Dataset" not in printed
+    assert "RayTrainWorker" not in printed
+    assert (Path(head.env["HOME"]) / "voxflux/runs/first/metrics.json").exists()
+    status, printed = train(head, "status", "first")
+    assert status == 0
+    for part in ("first: SUCCEEDED", "team: imaging", "recipe: demo", "run_dir: ~/voxflux/runs/first"):
+        assert part in printed
+    status, printed = train(head, "list")
+    assert status == 0
+    assert any("first" in line and "SUCCEEDED" in line and "demo" in line for line in printed.splitlines())
+    status, printed = train(head, "submit", "demo", *options)
+    assert status == 1
+    assert "found a job first; choose another" in printed
+
+
+def test_a_cluster_with_a_token_refuses_another_one(head, tmp_path):
+    wrong = tmp_path / "token"
+    wrong.write_text("0" * 64)
+    status, printed = train(head, "list", env={"RAY_AUTH_TOKEN_PATH": str(wrong)})
+    assert status == 1
+    assert "found another one (403)" in printed
+    status, printed = train(head, "list", env={"RAY_AUTH_MODE": "disabled"})
+    assert status == 1
+    assert "found none (401)" in printed
+
+
+def test_ctrl_c_asks_and_a_job_that_is_stopped_saves_first(head, tmp_path):
+    make_cases(open_store(f"{tmp_path}/images/"), open_store(f"{tmp_path}/labels/"), 24, shape=(12, 12, 12))
+    data = ["--data.images", f"{tmp_path}/images", "--data.labels", f"{tmp_path}/labels"]
+    terminal, theirs = pty.openpty()
+    call = [sys.executable, "-m", "train", "submit", "demo", *SMALL, *data, "--trainer.epochs", "100000"]
+    call += ["--submission-id", "long", "--follow", "--address", head.address]
+    process = subprocess.Popen(call, env=head.env, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    os.close(theirs)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.decode())
+        if "epoch 2/" in lines[-1]:
+            process.send_signal(signal.SIGINT)
+            os.write(terminal, b"n\n")
+    process.stdout.close()
+    assert process.wait(timeout=30) == 130, "".join(lines)
+    os.close(terminal)
+    assert "job long goes on" in "".join(lines)
+    asked = time.monotonic()
+    status, printed = train(head, "stop", "long")
+    assert status == 0, printed
+    assert "long: STOPPED" in printed
+    assert time.monotonic() - asked < 30
+    status, printed = train(head, "logs", "long")
+    assert status == 0
+    assert "epoch 1/100000: loss" in printed
+    assert "stopped and saved; go on with --trainer.resume" in printed
