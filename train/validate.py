@@ -190,6 +190,7 @@ def evaluate(
         RuntimeError: a case was scored twice or not at all.
     """
     network.eval()
+    share_buffers(network)
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow")  # type: ignore[arg-type]  # None: as blocks lie
     mine = score_rows(network, tables, holdout.data, window, device, holdout.quarantine)
     parts = gather(mine)
@@ -197,6 +198,16 @@ def evaluate(
     if holdout.quarantine is not None:
         bad = len(np.intersect1d(holdout.quarantine.indices(), holdout.indices))
     return merge(parts, len(holdout.rows) - bad)
+
+
+def share_buffers(network: torch.nn.Module) -> None:
+    """Give every rank rank 0's running statistics of batch norm, which are those that checkpoints hold.
+
+    DDP does so at the beginning of a step, and each rank then adds its own batch to them.
+    """
+    if torch.distributed.is_initialized():
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def to_parquet(by_case: Sequence[CaseScore]) -> bytes:

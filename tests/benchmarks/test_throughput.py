@@ -85,13 +85,13 @@ def test_cpu_time_of_processes_below_counts_and_that_of_a_server_does_not():
     import subprocess
     import sys
 
-    burn = "import time; t = time.process_time()\nwhile time.process_time() - t < 0.4: pass\ntime.sleep(2)"
+    burn = "import time; t = time.process_time()\nwhile time.process_time() - t < 3: pass\ntime.sleep(2)"
     with subprocess.Popen([sys.executable, "-c", burn]) as child:
         with TreeMeter() as all_of_it, TreeMeter(leave_out=(child.pid,)) as without:
             before = all_of_it.cpu_s(), without.cpu_s()
             child.wait(timeout=60)
-            assert all_of_it.cpu_s() - before[0] > 0.3
-            assert without.cpu_s() - before[1] < 0.3
+            assert all_of_it.cpu_s() - before[0] > 2.5
+            assert without.cpu_s() - before[1] < 1.5
 
 
 def test_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]):

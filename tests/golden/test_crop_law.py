@@ -87,7 +87,7 @@ def drawn(config: CropConfig) -> Counter[Start]:
     label = a_label()[None]
     boxes = foreground_boxes(label)
     return Counter(
-        draw(label, config, NO_AUGMENTATION, stream(17, epoch, case, TRANSFORM), boxes).start
+        draw(label, config, NO_AUGMENTATION, stream(17, epoch, case, TRANSFORM), lambda: boxes).start
         for epoch in range(DRAWS // 20)
         for case in range(20)
     )

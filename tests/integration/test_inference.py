@@ -175,9 +175,11 @@ def test_a_run_holds_out_a_list_and_goes_on_with_the_one_it_began_with(places, t
 
 def test_the_best_checkpoint_is_kept_though_later_ones_replace_it(tmp_path):
     from train.metrics import MetricsWriter
+    from train.waits import CAUSES
 
     writer = MetricsWriter(str(tmp_path))
     row = {"samples": 1, "samples_per_s": 1.0, "first_batch_s": 0.1, "stall_share": 0.0, "au": None}
+    row |= {"wall_s": 1.0, "stall_s": 0.0, "stall_by_cause_s": dict.fromkeys(CAUSES, 0.0)}
     for epoch, dice in enumerate([0.3, None, 0.8, 0.8, 0.5]):
         folder = tmp_path / f"checkpoint_{epoch}"
         folder.mkdir()
