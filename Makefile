@@ -19,11 +19,11 @@ demo: $(STAMP)
 	$(BIN)/python -m train run demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not crash'
+	$(BIN)/python -m pytest -m 'not crash'
 
 # Kills trainers, data workers and nodes, and starts whole runs again: about five minutes on 2 cores.
 test-crash: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m crash
+	$(BIN)/python -m pytest -m crash
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
