@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import secrets
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +26,9 @@ from .recipes import RECIPES
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
+
+
+JUST_STARTED_S = 5.0  # the dashboard answers before it knows of the head's own CPUs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,10 @@ def check_cluster(client: JobSubmissionClient, recipe: Recipe, console: Console)
 
     check_model(recipe)
     facts = ask_cluster(client)
+    deadline = time.monotonic() + JUST_STARTED_S
+    while not facts.cpus and time.monotonic() < deadline:
+        time.sleep(0.5)
+        facts = ask_cluster(client)
     check_versions(facts)
     check_resources(recipe, facts)
     here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
