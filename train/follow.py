@@ -100,5 +100,5 @@ def note_quarantine(job: LoopJob) -> None:
     """Tell the monitor how many cases are in quarantine."""
     if job.quarantine is None or job.monitor is None:
         return
-    with contextlib.suppress(IngestError):
+    with contextlib.suppress(IngestError):  # a book that is just being started anew is asked again
         job.monitor.tell("quarantined", len(job.quarantine.indices()))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -27,6 +28,8 @@ from .waits import Blocked, EpochWork, by_cause
 
 if TYPE_CHECKING:
     from .boards import TensorBoard
+
+logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # longest wait for an answer of the monitor
 RETRIES_TOGETHER_S = 10.0  # retries within this are one event
@@ -185,7 +188,7 @@ class RunMonitor:
         self._keep_events()
         if self._board is not None:
             self._board.row(row)
-            with contextlib.suppress(IngestError):
+            with _warned("TensorBoard's logs"):
                 self._board.keep()
 
     def quarantined(self, cases: int) -> None:
@@ -217,7 +220,7 @@ class RunMonitor:
         self._keep_steps()
         self.event(kind, text)
         if self._board is not None:
-            with contextlib.suppress(IngestError):
+            with _warned("TensorBoard's logs"):
                 self._board.close()
             self._board = None
 
@@ -252,15 +255,24 @@ class RunMonitor:
 
     def _keep_steps(self) -> None:
         if self._records:
-            with contextlib.suppress(IngestError):  # a record that cannot be kept ends no run
+            with _warned("records of steps, kept to be written with the next"):
                 write_steps(self._store, self._start or "0", self._records)
-            if self._board is not None:
-                self._board.steps(self._records)
-            self._records = []
+                if self._board is not None:
+                    self._board.steps(self._records)
+                self._records = []
 
     def _keep_events(self) -> None:
-        with contextlib.suppress(IngestError):
+        with _warned("events, kept to be written with the next"):
             write_events(self._store, self._events)
+
+
+@contextlib.contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """A record that cannot be written ends no run, but is told of in the log."""
+    try:
+        yield
+    except IngestError as error:
+        logger.warning("the run's %s could not be written: %s", what, error)
 
 
 @dataclasses.dataclass(frozen=True)

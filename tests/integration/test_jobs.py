@@ -70,7 +70,10 @@ def test_ctrl_c_asks_and_a_job_that_is_stopped_saves_first(head, tmp_path):
     make_cases(open_store(f"{tmp_path}/images/"), open_store(f"{tmp_path}/labels/"), 24, shape=(12, 12, 12))
     data = ["--data.images", f"{tmp_path}/images", "--data.labels", f"{tmp_path}/labels"]
     terminal, theirs = pty.openpty()
-    call = [sys.executable, "-m", "train", "submit", "demo", *SMALL, *data, "--trainer.epochs", "100000"]
+    # A process that a shell has started in the background ignores SIGINT, and hands that on.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script = listening + "import sys; from train.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    call = [sys.executable, "-c", script, "submit", "demo", *SMALL, *data, "--trainer.epochs", "100000"]
     call += ["--submission-id", "long", "--follow", "--address", head.address]
     process = subprocess.Popen(call, env=head.env, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     os.close(theirs)

@@ -178,6 +178,8 @@ def test_progress_off_a_terminal_is_plain_lines_on_stderr(tmp_path, capsys) -> N
 def test_ctrl_c_leaves_whole_pairs_and_the_next_run_goes_on(tmp_path) -> None:
     output = tmp_path / "out"
     script = (
+        # A process that a shell has started in the background ignores SIGINT, and hands that on.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from ingest.prepare import *\n"
         f"prepare(PrepareConfig(source='mni152', output={str(output)!r}, shape=(48, 48, 48), cases=1000, workers=0))"
     )

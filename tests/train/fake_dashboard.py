@@ -21,6 +21,7 @@ class FakeDashboard(ThreadingHTTPServer):
         self.ray_version = ray.__version__
         self.python_version = platform.python_version()
         self.nodes: list[dict[str, Any]] = [node("127.0.0.1", {"CPU": 8.0})]
+        self.blind_answers = 0  # so many times it knows of no node, as one does whose head has just started
         self.refusal: tuple[int, str] | None = None
         self.taken: set[str] = set()
         self.submitted: list[dict[str, Any]] = []
@@ -59,7 +60,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/api/v0/cluster_metadata":
             self._answer(200, {"result": True, "data": {"pythonVersion": facts.python_version}})
         elif path == "/api/v0/nodes":
-            self._answer(200, {"result": True, "data": {"result": {"result": facts.nodes}}})
+            nodes = [] if facts.blind_answers > 0 else facts.nodes
+            facts.blind_answers -= 1
+            self._answer(200, {"result": True, "data": {"result": {"result": nodes}}})
         else:
             self._answer(404, "Job or package does not exist")
 

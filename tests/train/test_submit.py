@@ -133,6 +133,12 @@ def test_a_cluster_too_small_for_the_recipe_is_refused_before_anything_is_sent(d
     assert submit(dashboard, "--trainer.use-gpu", "True", "--no-check") == 0
 
 
+def test_a_head_that_has_just_started_is_asked_again_for_its_cpus(dashboard):
+    dashboard.blind_answers = 2
+    assert submit(dashboard) == 0
+    assert len(dashboard.submitted) == 1
+
+
 def test_a_submission_id_that_is_taken_or_no_name_is_refused(dashboard, capsys):
     dashboard.taken = {"mine"}
     assert submit(dashboard, "--submission-id", "mine") == 1
