@@ -55,7 +55,8 @@ class DataConfig:
     """Share of the subjects that is kept from training, to validate on; copies of a case stay together."""
 
     holdout_cases: str | None = None
-    """Instead of a share: a file of case ids, one a line (a path or URI), or `kits19-mlperf`, the 42 of MLPerf Inference."""
+    """Instead of a share: a file of case ids, one a line (a path or URI), or `kits19-mlperf`, the 42 that
+    MLPerf Inference names."""
 
     eval_images: str = ""
     """Instead of a share: URI of other images, to validate on; all of `images` is then trained on."""

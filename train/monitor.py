@@ -272,7 +272,7 @@ def _warned(what: str) -> Iterator[None]:
     try:
         yield
     except IngestError as error:
-        logger.warning("the run's %s could not be written: %s", what, error)
+        logger.warning("could not write the run's %s: %s", what, error)
 
 
 @dataclasses.dataclass(frozen=True)

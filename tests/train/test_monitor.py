@@ -124,6 +124,20 @@ def test_steps_and_events_are_kept_by_start_and_go_on_in_another_process(tmp_pat
     assert [event.kind for event in read_events(str(tmp_path))] == ["start", "start", "stop", "start"]
 
 
+def test_steps_that_cannot_be_written_are_told_of_and_written_with_the_next(tmp_path, caplog) -> None:
+    monitor = RunMonitor(str(tmp_path), gauges=Board())
+    (tmp_path / "steps").write_text("in the way of the folder")
+    monitor.begin("00001-a", 1, 0, 0, None)
+    monitor.pulse(pulse(steps(1, 3)))
+    monitor.epoch_done({"epoch": 0})
+    assert "could not write the run's records of steps, kept to be written with the next" in caplog.text
+    (tmp_path / "steps").unlink()
+    monitor.pulse(pulse(steps(4, 6, epoch=1), epoch=1))
+    monitor.close("end", "done")
+    kept = read_steps(str(tmp_path))
+    assert [record.step for record in kept["00001-a"]] == [1, 2, 3, 4, 5, 6]
+
+
 def test_tensorboard_logs_hold_every_step_and_epoch(tmp_path) -> None:
     monitor = RunMonitor(str(tmp_path), tensorboard=True, gauges=Board())
     monitor.pulse(pulse(steps(1, 3)))
