@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS_DIR = Path(__file__).parent / "results"
-_PACKAGES = ("ray", "torch", "numpy", "pyarrow", "obstore", "google-cloud-storage", "gcs-torch-dataflux")
+_PACKAGES = ("ray", "torch", "numpy", "pyarrow", "pycurl", "obstore", "google-cloud-storage", "gcs-torch-dataflux")
 
 Row = Mapping[str, Any]
 

@@ -67,7 +67,7 @@ class ThroughputConfig:
     labels: str = ""
     """URI of the labels."""
 
-    pairs: int = 4800
+    pairs: int = 9600
     """Generated pairs."""
 
     pair_kb: tuple[int, ...] = (160,)
@@ -91,7 +91,7 @@ class ThroughputConfig:
     workers: int = 2
     """Processes of the DataLoaders."""
 
-    seconds: float = 8.0
+    seconds: float = 6.0
     """About as long takes an epoch at the most: a loader that is slow while it warms up gets fewer pairs."""
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ def open_loader(name: Loader, work: Work) -> Opened:
 
 
 def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """One epoch of one loader, in this process, after small ones that warm it up.
+    """One epoch of one loader, in this process, after small ones and one of half its length that warm it up.
 
     What is timed runs from asking for the epoch to its last batch as tensors; processes are up by then, connections
     open. CPU time is that of this process and all below it, between the same two instants. An epoch is never broken
@@ -133,20 +133,19 @@ def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str
     what = Work(**{**work, "patch": tuple(work["patch"])})
     pairs, pair_bytes = size_of(what)
     with TreeMeter() as meter, open_loader(loader, what) as epoch:
-        warm = max(what.batch, min(8 * what.batch, pairs // 4))
+        limit = min(pairs, max(what.batch, min(8 * what.batch, pairs // 4)))
         started = time.monotonic()
-        while True:  # until all processes are up, have imported what they need and touched their memory
-            given, first_s, last_s = drain(epoch(warm), what)
-            if time.monotonic() - started > WARM_UP_S:
-                break
-        limit = None
-        if given > what.batch:
-            likely = seconds * (given - what.batch) / (last_s - first_s)
-            limit = max(warm, round(likely / what.batch) * what.batch)
+        warm = drain(epoch(limit), what)
+        while time.monotonic() - started < WARM_UP_S:  # until processes are up and have imported what they need
+            warm = drain(epoch(limit), what)
+        limit = fitting(warm, seconds / 2, what.batch, limit, pairs)
+        # Long enough that every process takes part, which a small epoch does not ask of it.
+        warm = drain(epoch(limit), what)
+        limit = fitting(warm, seconds, what.batch, limit, pairs)
         settle(meter)
         idle_bytes = meter.rss_bytes()
         cpu_s = meter.cpu_s()
-        samples, first_s, last_s = drain(epoch(limit if limit and limit < pairs else None), what)
+        samples, first_s, last_s = drain(epoch(limit if limit < pairs else None), what)
         cpu_s = meter.cpu_s() - cpu_s
         return {
             "pairs": pairs,
@@ -171,6 +170,15 @@ def drain(batches: Iterator[Tensors], work: Work) -> tuple[int, float, float]:
         if tuple(image.shape[2:]) != work.patch or image.shape != label.shape:
             raise ConfigError(f"expected samples of {work.patch}, found {image.shape} and {label.shape}")
     return samples, first_s, last_s
+
+
+def fitting(warm: tuple[int, float, float], seconds: float, batch: int, least: int, most: int) -> int:
+    """So many pairs, in whole batches, as a loader should take in that time, by what it did in a shorter epoch."""
+    given, first_s, last_s = warm
+    if given <= batch:
+        return most
+    likely = seconds * (given - batch) / (last_s - first_s)
+    return min(most, max(least, round(likely / batch) * batch))
 
 
 def size_of(work: Work) -> tuple[int, float]:

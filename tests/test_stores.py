@@ -230,7 +230,7 @@ def test_missing_objects_without_a_generation_are_missing(gcs_server: EmbeddedSe
 
 
 def test_importing_the_stores_loads_no_client() -> None:
-    heavy = ("google.cloud.storage", "dataflux_core", "obstore", "ray", "torch")
+    heavy = ("google.cloud.storage", "dataflux_core", "pycurl", "ray", "torch")
     code = f"import sys, ingest.stores; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -7,30 +7,30 @@ It is one process that does one after the other, so loaders of several may be fa
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import obstore
 import torch
 
 from ingest.augment import PatchSampler
-from ingest.stores import open_store
+from ingest.stores import StoreConfig, open_store
+from ingest.stores.curl import Answer, Get
+from ingest.stores.gcs_clients import authorization, curl_pool, object_url
 
-from .torch_obstore import client_of
 from .work import Epoch, Tensors, Work, bucket_and_prefix
 
 CHUNK_BATCHES = 8
+GREATEST_BYTES = 2**40
 
 
 @contextlib.contextmanager
 def opened(work: Work) -> Iterator[Epoch]:
-    """A thread pool of GETs whose bytes are dropped; then the transforms of one pair in memory, again and again."""
+    """Many GETs by libcurl whose bytes are dropped; then the transforms of pairs in memory, again and again."""
     names = work.names()
     wanted = [
-        (client_of(bucket_and_prefix(uri)[0]), [bucket_and_prefix(uri)[1] + name for name in part])
+        [object_url(*_bucket_and_key(uri, name), generation=None) for name in part]
         for uri, part in zip((work.images, work.labels), names, strict=True)
     ]
     store = [open_store(uri) for uri in (work.images, work.labels)]
@@ -38,17 +38,23 @@ def opened(work: Work) -> Iterator[Epoch]:
     bodies = [part.fetch([meta for meta, _ in zip(part.list(), range(64), strict=False)]) for part in store]
     arrays = [[_array_of(body) for body in part] for part in bodies]
 
+    connections = curl_pool(StoreConfig(), work.in_flight)
+
     def epoch(limit: int | None) -> Iterator[Tensors]:
         order = work.order(len(names[0]), limit)
-        with concurrent.futures.ThreadPoolExecutor(work.in_flight) as pool:
-            # A few batches at a time, so that an epoch that is broken off has made samples of what it fetched.
-            for start in range(0, len(order), CHUNK_BATCHES * work.batch):
-                some = order[start : start + CHUNK_BATCHES * work.batch]
-                each = [(client, part[index]) for index in some for client, part in wanted]
-                for _ in pool.map(lambda item: len(obstore.get(*item).bytes()), each):
-                    pass
-                pairs = [(arrays[0][index % 64], arrays[1][index % 64]) for index in some]
-                yield from _batches(work, some, pairs)
+        # A few batches at a time, so that an epoch that is broken off has made samples of what it fetched.
+        for start in range(0, len(order), CHUNK_BATCHES * work.batch):
+            some = order[start : start + CHUNK_BATCHES * work.batch]
+            each = [
+                Get(part[index], expected_bytes=GREATEST_BYTES, headers=authorization())
+                for index in some
+                for part in wanted
+            ]
+            for outcome in connections.get(each):
+                if not isinstance(outcome, Answer) or outcome.status != 200:
+                    raise RuntimeError(f"expected the floor's requests to succeed, found {outcome}")
+            pairs = [(arrays[0][index % 64], arrays[1][index % 64]) for index in some]
+            yield from _batches(work, some, pairs)
 
     yield epoch
 
@@ -69,6 +75,11 @@ def opened_local(work: Work) -> Iterator[Epoch]:
             yield from _batches(work, some, pairs)
 
     yield epoch
+
+
+def _bucket_and_key(uri: str, name: str) -> tuple[str, str]:
+    bucket, prefix = bucket_and_prefix(uri)
+    return bucket, prefix + name
 
 
 def _array_of(body: bytes) -> np.ndarray:

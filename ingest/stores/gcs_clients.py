@@ -5,19 +5,17 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import google.auth
-import obstore.store
 from google.api_core.client_info import ClientInfo
 from google.cloud import storage
 
 from .base import StoreConfig
+from .curl import CurlPool
 
 T = TypeVar("T")
 
@@ -91,26 +89,36 @@ def timeouts_s(config: StoreConfig) -> tuple[float, float]:
     return (config.connect_timeout_s, config.read_timeout_s)
 
 
-def obstore_client(bucket: str, config: StoreConfig) -> obstore.store.GCSStore:
-    """This process's obstore client of one bucket; its own retries are off, ours count."""
-    url = emulator_url()
+def curl_pool(config: StoreConfig, in_flight: int) -> CurlPool:
+    """This process's connections for direct reads; what fails is tried again by our own policy."""
 
-    def make() -> obstore.store.GCSStore:
-        provider = _anonymous if url else _GoogleTokens()
-        return obstore.store.GCSStore(
-            bucket,
-            config={"base_url": url} if url else {},
-            client_options={
-                "allow_http": url is not None,
-                "connect_timeout": timedelta(seconds=config.connect_timeout_s),
-                "timeout": timedelta(seconds=config.read_timeout_s),
-                "user_agent": _USER_AGENT,
-            },
-            retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=config.read_timeout_s)},
-            credential_provider=provider,
+    def make() -> CurlPool:
+        return CurlPool(
+            in_flight,
+            connect_timeout_s=config.connect_timeout_s,
+            read_timeout_s=config.read_timeout_s,
+            user_agent=_USER_AGENT,
         )
 
-    return _CACHE.get(("obstore", bucket, url, config.connect_timeout_s, config.read_timeout_s), make)
+    return _CACHE.get(("curl", in_flight, config.connect_timeout_s, config.read_timeout_s), make)
+
+
+def object_url(bucket: str, key: str, generation: int | None) -> str:
+    """Where the XML API has an object: https://cloud.google.com/storage/docs/request-endpoints (path-style)."""
+    place = f"{emulator_url() or 'https://storage.googleapis.com'}/{bucket}/{quote(key, safe='/~')}"
+    return place if generation is None else f"{place}?generation={generation}"
+
+
+def authorization() -> tuple[str, ...]:
+    """The header that goes with a request; none for an emulator.
+
+    Raises:
+        google.auth.exceptions.GoogleAuthError: no credentials, or they cannot be renewed.
+    """
+    if emulator_url():
+        return ()
+    tokens: _GoogleTokens = _CACHE.get(("tokens",), _GoogleTokens)
+    return (f"Authorization: Bearer {tokens.current()}",)
 
 
 def pool(kind: str, threads: int) -> ThreadPoolExecutor:
@@ -126,35 +134,26 @@ def close_clients() -> None:
     for made in _CACHE.drain():
         if isinstance(made, ThreadPoolExecutor):
             made.shutdown(cancel_futures=True)
-        elif isinstance(made, storage.Client):
+        elif isinstance(made, CurlPool | storage.Client):
             made.close()
 
 
 atexit.register(close_clients)
 
 
-def _anonymous() -> obstore.store.GCSCredential:
-    return {"token": "anonymous", "expires_at": None}
-
-
 class _GoogleTokens:
-    """Gives obstore the tokens of the application default credentials. Thread-safe."""
+    """Tokens of the application default credentials, renewed in time. Thread-safe."""
 
     def __init__(self) -> None:
         scope = "https://www.googleapis.com/auth/devstorage.read_write"
         self._credentials: Any = google.auth.default(scopes=[scope])[0]
         self._lock = threading.Lock()
 
-    def __call__(self) -> obstore.store.GCSCredential:
+    def current(self) -> str:
+        """A token that is valid now."""
         from google.auth.transport.requests import Request
 
         with self._lock:
             if not self._credentials.valid:
                 self._credentials.refresh(Request())
-            expiry = self._credentials.expiry
-            return {
-                "token": str(self._credentials.token),
-                "expires_at": expiry.replace(tzinfo=timezone.utc)
-                if expiry
-                else datetime.fromtimestamp(time.time() + 600, timezone.utc),
-            }
+            return str(self._credentials.token)

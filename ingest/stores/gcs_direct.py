@@ -1,15 +1,14 @@
-"""Direct reads: one GET an object by obstore on a thread pool, pinned to the listed generation and checked."""
+"""Direct reads: one GET an object by libcurl, many at once, pinned to the listed generation and checked."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import google.api_core.exceptions
 import google_crc32c
-import obstore
 from google.cloud import storage
 
 from ..errors import (
@@ -20,15 +19,18 @@ from ..errors import (
     StaleManifestError,
     StoreError,
 )
-from .base import ObjectMeta, Pieces, RangeRequest, StoreConfig, joined, parted
-from .gcs_clients import google_blob, google_client, obstore_client, pool, timeouts_s
-from .gcs_errors import AbsentError, call, status_of
+from .base import Bodies, ObjectMeta, Pieces, RangeRequest, StoreConfig, joined, parted
+from .curl import Answer, Get, Outcome
+from .gcs_clients import authorization, curl_pool, google_blob, google_client, object_url, pool, timeouts_s
+from .gcs_errors import AbsentError, RefusalError, call, status_of
 from .retry import PassingError
 
-Asked = TypeVar("Asked")
-Given = TypeVar("Given")
-Span = tuple[int, int] | None  # the first byte and the one after the last; None for all
-Get = Callable[[str, ObjectMeta, Span], tuple[bytes | memoryview, int | None]]
+
+class Ask(NamedTuple):
+    """An object, or the part of it from the first to before the second byte of `span`."""
+
+    meta: ObjectMeta
+    span: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class DirectReader:
         Raises:
             StoreError: the bucket as a whole cannot be read; what was still to do is left.
         """
-        return self._each(objects, self.read)
+        return self._each([Ask(meta) for meta in objects])
 
     def read_ranges(self, requests: Sequence[RangeRequest]) -> Pieces:
         """Read parts of objects; near ones by one request, and else as `read_each`.
@@ -58,34 +60,11 @@ class DirectReader:
             StoreError: the bucket as a whole cannot be read; what was still to do is left.
         """
         runs = joined(requests, self.config.range_gap_bytes, self.config.range_most_bytes)
-        return [piece for pieces in self._each(runs, self._read_run) for piece in pieces]
-
-    def _each(self, asked: Sequence[Asked], read: Callable[[Asked], Given]) -> list[Given]:
-        if len(asked) == 1:
-            return [read(asked[0])]
-        given: dict[int, Given] = {}
-        positions = iter(range(len(asked)))
-        in_flight = self.config.max_in_flight or 32
-        workers = min(len(asked), in_flight)
-        threads = pool("direct", in_flight)
-        failed: list[StoreError] = []
-
-        def work(mine: Iterator[int]) -> None:
-            # One iterator for all workers: taking the next of a range is atomic.
-            for position in mine:
-                if failed:
-                    return
-                try:
-                    given[position] = read(asked[position])
-                except StoreError as error:
-                    failed.append(error)
-
-        futures = [threads.submit(work, positions) for _ in range(workers)]
-        for future in futures:
-            future.result()
-        if failed:
-            raise failed[0]
-        return [given[position] for position in range(len(asked))]
+        bodies = self._each([Ask(run[0].meta, (run[0].start, run[-1].stop)) for run in runs])
+        pieces: Pieces = []
+        for run, body in zip(runs, bodies, strict=True):
+            pieces.extend([body] * len(run) if isinstance(body, ObjectError) else parted(run, body))
+        return pieces
 
     def read(self, meta: ObjectMeta) -> bytes | ObjectError:
         """Read one object; an error that concerns it alone is returned.
@@ -93,55 +72,124 @@ class DirectReader:
         Raises:
             StoreError: the bucket as a whole cannot be read.
         """
-        body = self._read(meta, None)
-        return bytes(body) if isinstance(body, memoryview) else body
+        return self._each([Ask(meta)])[0]
 
-    def _read_run(self, run: Sequence[RangeRequest]) -> Pieces:
-        body = self._read(run[0].meta, (run[0].start, run[-1].stop))
-        return [body] * len(run) if isinstance(body, ObjectError) else parted(run, body)
+    def _each(self, asks: Sequence[Ask]) -> Bodies:
+        """All at once by libcurl; what does not come whole and right at once is then seen to one by one."""
+        plain = [position for position, ask in enumerate(asks) if _is_plain(self.prefix + ask.meta.name)]
+        outcomes = dict(zip(plain, self._asked_by_curl([asks[position] for position in plain]), strict=True))
+        given: dict[int, bytes | ObjectError] = {}
+        for position, outcome in outcomes.items():
+            # What is not right goes on to `_read`, as its first try.
+            with contextlib.suppress(PassingError, RefusalError, ObjectError):
+                if outcome is not None:
+                    given[position] = self._checked(outcome, asks[position])
+        self._read_rest([position for position in range(len(asks)) if position not in given], asks, outcomes, given)
+        return [given[position] for position in range(len(asks))]
 
-    def _read(self, meta: ObjectMeta, span: Span) -> bytes | memoryview | ObjectError:
-        key = self.prefix + meta.name
-        get = self._get_by_obstore if _is_plain(key) else self._get_by_google
+    def _read_rest(
+        self,
+        rest: Sequence[int],
+        asks: Sequence[Ask],
+        outcomes: dict[int, Outcome | None],
+        given: dict[int, bytes | ObjectError],
+    ) -> None:
+        if len(rest) <= 1:
+            given.update((position, self._read(asks[position], outcomes.get(position))) for position in rest)
+            return
+        in_flight = _in_flight(self.config)
+        threads = pool("direct", in_flight)
+        todo = iter(rest)
+        failed: list[StoreError] = []
+
+        def work() -> None:
+            # One iterator for all workers: taking the next of a list is atomic.
+            for position in todo:
+                if failed:
+                    return
+                try:
+                    given[position] = self._read(asks[position], outcomes.get(position))
+                except StoreError as error:
+                    failed.append(error)
+
+        futures = [threads.submit(work) for _ in range(min(len(rest), in_flight))]
+        for future in futures:
+            future.result()
+        if failed:
+            raise failed[0]
+
+    def _read(self, ask: Ask, outcome: Outcome | None) -> bytes | ObjectError:
+        """Read under the retry policy, whose first try gave `outcome` where that is not None."""
+        key = self.prefix + ask.meta.name
+        first = [] if outcome is None else [outcome]
+
+        def attempt() -> bytes:
+            try:
+                return self._checked(first.pop() if first else self._asked(ask), ask)
+            except (google.api_core.exceptions.GoogleAPICallError, RefusalError) as error:
+                if status_of(error) not in (404, 416):  # 416: the range begins after the end of what is there now
+                    raise
+                raise self._why_absent(ask.meta, str(error).partition("\n")[0]) from error
+
         try:
             return call(
-                self.config,
-                functools.partial(self._checked, get, key, meta, span),
-                what=f"reading gs://{self.bucket}/{key}",
-                permission="storage.objects.get",
+                self.config, attempt, what=f"reading gs://{self.bucket}/{key}", permission="storage.objects.get"
             )
         except ObjectError as error:
             return error
 
-    def _checked(self, get: Get, key: str, meta: ObjectMeta, span: Span) -> bytes | memoryview:
-        try:
-            body, size_now = get(key, meta, span)
-        except (OSError, google.api_core.exceptions.GoogleAPICallError, obstore.exceptions.BaseError) as error:
-            if status_of(error) not in (404, 416):  # 416: the range begins after the end of what is there now
-                raise
-            raise self._why_absent(meta, str(error).partition("\n")[0]) from error
-        if size_now is not None and size_now != meta.size_bytes:
-            raise self._stale(meta, f"{size_now:,} bytes")
+    def _asked(self, ask: Ask) -> Outcome:
+        key = self.prefix + ask.meta.name
+        if _is_plain(key):
+            (outcome,) = self._asked_by_curl([ask])
+            assert outcome is not None  # none is left out of one
+            return outcome
+        blob = google_blob(self.config, self.bucket, key, ask.meta.generation)
+        first, last = (None, None) if ask.span is None else (ask.span[0], ask.span[1] - 1)
+        timeout = timeouts_s(self.config)
+        body = blob.download_as_bytes(start=first, end=last, retry=None, timeout=timeout, checksum=None)
+        return Answer(200, body, None, None)
+
+    def _asked_by_curl(self, asks: Sequence[Ask]) -> list[Outcome | None]:
+        headers = call(
+            self.config,
+            authorization,
+            what=f"asking for a token to read gs://{self.bucket}",
+            permission="storage.objects.get",
+        )
+        gets = [
+            Get(
+                url=object_url(self.bucket, self.prefix + meta.name, meta.generation),
+                expected_bytes=meta.size_bytes if span is None else span[1] - span[0],
+                headers=headers,
+                span=span,
+            )
+            for meta, span in asks
+        ]
+        return curl_pool(self.config, _in_flight(self.config)).get(gets)
+
+    def _checked(self, outcome: Outcome, ask: Ask) -> bytes:
+        """The body of an answer that is what was listed.
+
+        Raises:
+            PassingError: the connection failed, or the bytes are wrong.
+            RefusalError: the answer is no success.
+            StaleManifestError: the object is of another size by now.
+        """
+        meta, span = ask
+        if isinstance(outcome, PassingError):
+            raise outcome
+        if outcome.status not in (200, 206):
+            raise RefusalError(outcome)
+        if outcome.object_bytes is not None and outcome.object_bytes != meta.size_bytes:
+            raise self._stale(meta, f"{outcome.object_bytes:,} bytes")
+        body = outcome.body
         expected_bytes = meta.size_bytes if span is None else span[1] - span[0]
         if len(body) != expected_bytes:
             raise PassingError("truncated", f"{len(body):,} of {expected_bytes:,} bytes")
         if span is None and meta.crc32c is not None and google_crc32c.value(body) != meta.crc32c:
             raise PassingError("checksum", f"crc32c {google_crc32c.value(body):08x} instead of {meta.crc32c:08x}")
         return body
-
-    def _get_by_obstore(self, key: str, meta: ObjectMeta, span: Span) -> tuple[bytes | memoryview, int | None]:
-        options: obstore.GetOptions = {} if meta.generation is None else {"version": str(meta.generation)}
-        if span is not None:
-            options["range"] = span
-        answer = obstore.get(obstore_client(self.bucket, self.config), key, options=options)
-        body = answer.bytes()
-        return memoryview(body) if span is not None else bytes(body), answer.meta["size"]
-
-    def _get_by_google(self, key: str, meta: ObjectMeta, span: Span) -> tuple[bytes | memoryview, int | None]:
-        blob = google_blob(self.config, self.bucket, key, meta.generation)
-        first, last = (None, None) if span is None else (span[0], span[1] - 1)
-        timeout = timeouts_s(self.config)
-        return blob.download_as_bytes(start=first, end=last, retry=None, timeout=timeout, checksum=None), None
 
     def _why_absent(self, meta: ObjectMeta, detail: str) -> ObjectError | PassingError:
         """After a 404: whether the object is gone, was overwritten, or is there as listed, so that the 404 may pass.
@@ -199,5 +247,9 @@ class DirectReader:
 
 
 def _is_plain(key: str) -> bool:
-    """Whether obstore takes the key: it refuses empty and dot segments, which GCS allows."""
+    """Whether the key may stand in a path: clients and proxies drop empty and dot segments, which GCS allows."""
     return all(segment not in ("", ".", "..") for segment in key.split("/"))
+
+
+def _in_flight(config: StoreConfig) -> int:
+    return config.max_in_flight or 32

@@ -1,4 +1,4 @@
-"""What google-cloud-storage, google-auth, requests and obstore raise, turned into our errors."""
+"""What google-cloud-storage, google-auth and requests raise, and what servers answer, turned into our errors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,28 @@ from typing import TypeVar
 import google.api_core.exceptions
 import google.auth.exceptions
 import google.cloud.storage.exceptions
-import obstore.exceptions
 import requests.exceptions
 import urllib3.exceptions
 
 from ..errors import CredentialsError, PermissionDeniedError, StoreError
 from .base import StoreConfig
+from .curl import Answer
 from .gcs_clients import server_name
 from .retry import PASSING_STATUSES, PassingError, with_retries
 
 T = TypeVar("T")
+
+
+class RefusalError(Exception):
+    """An HTTP answer that is no success, by libcurl; never leaves the stores."""
+
+    def __init__(self, answer: Answer) -> None:
+        text = answer.body[:2000].decode("utf-8", "replace")
+        message = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
+        super().__init__(" ".join((message.group(1) if message else text).split())[:300])
+        self.status = answer.status
+        self.retry_after = answer.retry_after
+
 
 _FOREIGN = (
     google.api_core.exceptions.GoogleAPICallError,
@@ -29,8 +41,8 @@ _FOREIGN = (
     google.cloud.storage.exceptions.DataCorruption,
     requests.exceptions.RequestException,
     urllib3.exceptions.HTTPError,
-    obstore.exceptions.BaseError,
-    OSError,  # obstore's 404 is a FileNotFoundError; sockets' own errors
+    RefusalError,
+    OSError,  # sockets' own errors
 )
 
 
@@ -117,24 +129,14 @@ def status_of(error: Exception) -> int | None:
         return int(error.code) if error.code is not None else None
     if isinstance(error, google.cloud.storage.exceptions.InvalidResponse):
         return int(error.response.status_code)
-    if isinstance(error, obstore.exceptions.UnauthenticatedError):
-        return 401
-    if isinstance(error, obstore.exceptions.PermissionDeniedError):
-        return 403
-    if isinstance(error, FileNotFoundError):
-        return 404
-    if isinstance(error, obstore.exceptions.PreconditionError):
-        return 412
-    if isinstance(error, obstore.exceptions.BaseError):
-        found = re.search(r"non-2xx status code: (\d{3})", str(error))
-        return int(found.group(1)) if found else None
+    if isinstance(error, RefusalError):
+        return error.status
     return None
 
 
 def _retry_after_s(error: Exception) -> float | None:
-    # obstore hands back no headers, so its Retry-After cannot be known.
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    value = headers.get("Retry-After")
+    value = error.retry_after if isinstance(error, RefusalError) else headers.get("Retry-After")
     if value is None:
         return None
     if value.strip().isdigit():
@@ -144,19 +146,13 @@ def _retry_after_s(error: Exception) -> float | None:
 
 
 def _detail_of(error: Exception) -> str:
-    return str(error).partition("\n\nDebug source")[0].strip() or type(error).__name__
+    return str(error).strip() or type(error).__name__
 
 
 def _connection_kind(error: Exception) -> str:
     text = str(error)
     if isinstance(error, requests.exceptions.ChunkedEncodingError | urllib3.exceptions.IncompleteRead):
         return "cut"
-    if isinstance(error, obstore.exceptions.BaseError):
-        if "kind: Timeout" in text or "TimedOut" in text:
-            return "timeout"
-        if any(sign in text for sign in ("ConnectionRefused", "dns error", "HostUnreachable")):
-            return "refused"
-        return "cut" if "kind: Body" in text or "kind: Decode" in text else "reset"
     refused = ("Connection refused", "NameResolutionError", "Name or service not known", "No route to host")
     if any(sign in text for sign in refused):
         return "refused"

@@ -1,0 +1,313 @@
+"""Many GETs at once on one thread, by libcurl: a fifth of the CPU time that obstore's sync calls on threads take.
+
+Measured by `python -m benchmarks throughput --loaders floor torch-obstore`: what `floor` spends on its requests against
+what the other does.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import urlsplit
+
+import certifi
+import pycurl
+
+from .retry import PassingError
+
+_BUFFER_BYTES = 512 * 1024  # libcurl's default of 16 KiB calls back into Python eight times for 128 KB
+_ERROR_TEXT_BYTES = 64 * 1024  # an answer may be so long whatever was expected: a refusal says why
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+_EVENTS = {pycurl.POLL_IN: _READ, pycurl.POLL_OUT: _WRITE, pycurl.POLL_INOUT: _READ | _WRITE}
+_REFUSED = frozenset({pycurl.E_COULDNT_CONNECT, pycurl.E_COULDNT_RESOLVE_HOST, pycurl.E_COULDNT_RESOLVE_PROXY})
+_NOT_ALLOWED = frozenset({401, 403})
+_UNTRUSTED = frozenset({pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CACERT_BADFILE})
+
+
+class Get(NamedTuple):
+    """One request.
+
+    Attributes:
+        url: whole and quoted.
+        expected_bytes: of the body; one that is far longer is not read on, but for refusals.
+        headers: lines, as ``Name: value``.
+        span: the first byte and the one after the last; None for all.
+    """
+
+    url: str
+    expected_bytes: int
+    headers: tuple[str, ...] = ()
+    span: tuple[int, int] | None = None
+
+
+class Answer(NamedTuple):
+    """What a server said.
+
+    Attributes:
+        status: of HTTP.
+        body: shorter than announced where it would have been far longer than expected.
+        object_bytes: of the whole object, by the headers; None where they do not say.
+        retry_after: as the header has it.
+    """
+
+    status: int
+    body: bytes
+    object_bytes: int | None
+    retry_after: str | None
+
+
+Outcome: TypeAlias = Answer | PassingError
+"""An answer of whatever status, or what went wrong with the connection."""
+
+
+class _Batch:
+    """Requests that one caller waits for."""
+
+    def __init__(self, gets: Sequence[Get]) -> None:
+        self.gets = gets
+        self.outcomes: list[Outcome | None] = [None] * len(gets)
+        self.refused = False
+        self.open = len(gets)
+        self.finished = threading.Event()
+        self.failed: BaseException | None = None
+
+    def end_one(self) -> None:
+        self.open -= 1
+        if not self.open:
+            self.finished.set()
+
+
+class _Transfer:
+    """A libcurl handle and what it is at."""
+
+    def __init__(self, options: Sequence[tuple[int, Any]]) -> None:
+        self.handle: Any = pycurl.Curl()
+        for option, value in options:
+            self.handle.setopt(option, value)
+        self.batch: _Batch
+        self.position = 0
+        self.body: list[bytes] = []
+        self.head: list[bytes] = []
+
+    def begin(self, batch: _Batch, position: int) -> None:
+        get = batch.gets[position]
+        self.batch, self.position, self.body, self.head = batch, position, [], []
+        handle = self.handle
+        handle.setopt(pycurl.URL, get.url)
+        handle.setopt(pycurl.HTTPHEADER, list(get.headers))
+        handle.setopt(pycurl.MAXFILESIZE_LARGE, max(get.expected_bytes, _ERROR_TEXT_BYTES))
+        if get.span is None:
+            handle.unsetopt(pycurl.RANGE)
+        else:
+            handle.setopt(pycurl.RANGE, f"{get.span[0]}-{get.span[1] - 1}")
+        handle.setopt(pycurl.WRITEFUNCTION, self.body.append)
+        handle.setopt(pycurl.HEADERFUNCTION, self.head.append)
+
+    def answer(self) -> Answer:
+        status, body = int(self.handle.getinfo(pycurl.RESPONSE_CODE)), b"".join(self.body)
+        if status == 200 and len(body) == self.batch.gets[self.position].expected_bytes:
+            return Answer(status, body, len(body), None)  # by far the most: looking into headers costs a tenth of a GET
+        head = b"".join(self.head)
+        total = re.search(rb"^content-range: *bytes [^/]*/(\d+)", head, re.IGNORECASE | re.MULTILINE)
+        length = re.search(rb"^content-length: *(\d+)", head, re.IGNORECASE | re.MULTILINE)
+        after = re.search(rb"^retry-after: *([^\r\n]+)", head, re.IGNORECASE | re.MULTILINE)
+        announced = total or length
+        return Answer(
+            status,
+            body,
+            int(announced.group(1)) if announced else None,
+            after.group(1).decode("latin-1").strip() if after else None,
+        )
+
+    def error(self, code: int, text: str) -> Outcome:
+        if code == pycurl.E_FILESIZE_EXCEEDED:
+            return self.answer()
+        if code in _REFUSED:
+            server = urlsplit(self.batch.gets[self.position].url).netloc
+            return PassingError("refused", f"{server} takes no connection")
+        if code in _UNTRUSTED:
+            return PassingError("refused", text)
+        if code == pycurl.E_OPERATION_TIMEDOUT:
+            return PassingError("timeout", text)
+        return PassingError("cut" if self.body or code == pycurl.E_PARTIAL_FILE else "reset", text)
+
+
+class CurlPool:
+    """Sends GETs for all threads of this process, at most `in_flight` at a time, first come, first served.
+
+    Connections stay open between requests. The thread starts with the first request; `close` ends it. A pool is of no
+    use after a fork: make another one.
+    """
+
+    def __init__(self, in_flight: int, *, connect_timeout_s: float, read_timeout_s: float, user_agent: str) -> None:
+        authorities = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE") or certifi.where()
+        self._options: tuple[tuple[int, Any], ...] = (
+            (pycurl.BUFFERSIZE, _BUFFER_BYTES),
+            (pycurl.CAINFO, authorities),
+            (pycurl.CONNECTTIMEOUT_MS, max(1, round(1000 * connect_timeout_s))),
+            # HTTP/2 would have all requests share one connection, and so one TCP window.
+            (pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1),
+            (pycurl.NOSIGNAL, 1),
+            (pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS),
+            (pycurl.TCP_KEEPALIVE, 1),
+            (pycurl.TIMEOUT_MS, max(1, round(1000 * read_timeout_s))),
+            (pycurl.USERAGENT, user_agent),
+        )
+        self._in_flight = in_flight
+        self._lock = threading.Lock()
+        self._waiting: collections.deque[tuple[_Batch, int]] = collections.deque()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    def get(self, gets: Sequence[Get]) -> list[Outcome | None]:
+        """Send these and wait for all of them.
+
+        Returns:
+            One entry a request, in the order given; None for those that were not sent any more after a 401 or 403.
+
+        Raises:
+            RuntimeError: the pool is closed, or its thread has failed.
+        """
+        if not gets:
+            return []
+        batch = _Batch(gets)
+        with self._lock:
+            if self._closing:
+                raise RuntimeError("expected an open pool of connections, found it closed; make a new one")
+            self._waiting.extend((batch, position) for position in range(len(gets)))
+            if self._thread is None:
+                self._wake_in, self._wake_out = socket.socketpair()
+                self._wake_out.setblocking(False)
+                self._thread = threading.Thread(target=self._serve, name="voxflux-curl", daemon=True)
+                self._thread.start()
+            self._wake_in.send(b"x")
+        batch.finished.wait()
+        if batch.failed is not None:
+            raise RuntimeError(f"the thread that sends requests failed: {batch.failed!r}") from batch.failed
+        return batch.outcomes
+
+    def close(self) -> None:
+        """End the thread; requests that are under way end in an error of their callers."""
+        with self._lock:
+            self._closing = True
+            thread = self._thread
+            if thread is not None:
+                self._wake_in.send(b"x")
+        if thread is not None:
+            thread.join()
+            self._wake_in.close()
+            self._wake_out.close()
+
+    def _serve(self) -> None:
+        loop = _Loop(self._options, self._in_flight, self._wake_out)
+        try:
+            while not self._closing:
+                loop.start(self._waiting)
+                loop.turn()
+            raise RuntimeError("it was closed")
+        except BaseException as error:
+            with self._lock:
+                self._closing = True
+                batches = {id(batch): batch for batch, _ in self._waiting} | loop.batches()
+            for batch in batches.values():
+                batch.failed = error
+                batch.finished.set()
+            if not isinstance(error, RuntimeError):
+                raise
+        finally:
+            loop.close()
+
+
+class _Loop:
+    """libcurl's sockets and timer, watched by a selector. Of one thread only."""
+
+    def __init__(self, options: Sequence[tuple[int, Any]], in_flight: int, wake: socket.socket) -> None:
+        self._options = options
+        self._wake = wake
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(wake, _READ)
+        self._due_s: float | None = None
+        self._idle: list[_Transfer] = []
+        self._active: dict[Any, _Transfer] = {}
+        self._in_flight = in_flight
+        self._multi: Any = pycurl.CurlMulti()
+        self._multi.setopt(pycurl.M_MAXCONNECTS, in_flight)
+        self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
+        self._multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
+
+    def start(self, waiting: collections.deque[tuple[_Batch, int]]) -> None:
+        """Begin as many as may be in flight."""
+        while waiting and len(self._active) < self._in_flight:
+            batch, position = waiting.popleft()
+            if batch.refused:
+                batch.end_one()
+                continue
+            transfer = self._idle.pop() if self._idle else _Transfer(self._options)
+            transfer.begin(batch, position)
+            self._active[transfer.handle] = transfer
+            self._multi.add_handle(transfer.handle)
+
+    def turn(self) -> None:
+        """Wait for something to happen, and see to it."""
+        timeout_s = None if self._due_s is None else max(0.0, self._due_s - time.monotonic())
+        for key, events in self._selector.select(timeout_s):
+            if key.fileobj is self._wake:
+                self._wake.recv(4096)
+                continue
+            flags = (pycurl.CSELECT_IN if events & _READ else 0) | (pycurl.CSELECT_OUT if events & _WRITE else 0)
+            self._multi.socket_action(key.fd, flags)
+        if self._due_s is not None and time.monotonic() >= self._due_s:
+            self._due_s = None
+            self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+        left = 1
+        while left:
+            left, good, bad = self._multi.info_read()
+            for handle in good:
+                self._end(handle, None)
+            for handle, code, text in bad:
+                self._end(handle, (code, text))
+
+    def batches(self) -> dict[int, _Batch]:
+        """Those with requests in flight, by identity."""
+        return {id(transfer.batch): transfer.batch for transfer in self._active.values()}
+
+    def close(self) -> None:
+        """Close all connections."""
+        for handle in self._active:
+            self._multi.remove_handle(handle)
+            handle.close()
+        for transfer in self._idle:
+            transfer.handle.close()
+        self._multi.close()
+        self._selector.close()
+
+    def _end(self, handle: Any, error: tuple[int, str] | None) -> None:
+        transfer = self._active.pop(handle)
+        self._multi.remove_handle(handle)
+        batch = transfer.batch
+        outcome = transfer.answer() if error is None else transfer.error(*error)
+        batch.outcomes[transfer.position] = outcome
+        batch.refused = batch.refused or (isinstance(outcome, Answer) and outcome.status in _NOT_ALLOWED)
+        batch.end_one()
+        transfer.body, transfer.head = [], []
+        self._idle.append(transfer)
+
+    def _watch(self, what: int, fd: int, _multi: Any, _data: Any) -> None:
+        known = fd in self._selector.get_map()
+        if what == pycurl.POLL_REMOVE or what not in _EVENTS:
+            if known:
+                self._selector.unregister(fd)
+        elif known:
+            self._selector.modify(fd, _EVENTS[what])
+        else:
+            self._selector.register(fd, _EVENTS[what])
+
+    def _set_timer(self, timeout_ms: int) -> None:
+        self._due_s = None if timeout_ms < 0 else time.monotonic() + timeout_ms / 1000
