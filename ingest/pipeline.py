@@ -70,6 +70,10 @@ class DataConfig:
     task_cpus: float = 1.0
     """CPUs that Ray reserves for one read task."""
 
+    label_selector: dict[str, str] | None = None
+    """Labels of the nodes that read and transform; None takes those labelled ray-subcluster=data where a run finds
+    any, and all nodes else. By the key ray-subcluster Ray Data also counts CPUs and memory; by others it does not."""
+
     crop: CropConfig = dataclasses.field(default_factory=CropConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
@@ -99,6 +103,9 @@ class DataConfig:
             raise ConfigError(f"data.blocks_in_flight must be 1 or more; got {self.blocks_in_flight}")
         if self.task_cpus <= 0:
             raise ConfigError(f"data.task_cpus must be above 0; got {self.task_cpus}")
+        for key, value in (self.label_selector or {}).items():
+            if not key or not value or value.startswith(("!", "in(")):
+                raise ConfigError(f"data.label_selector must name labels and plain values; got {key!r}: {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +246,7 @@ def training_dataset(
     try:
         # A data set takes a copy of the context as it stands when it is made.
         context.target_max_block_size = block_target_bytes(config, block, manifest.id_bytes())
-        context.execution_options = execution_options()
+        context.execution_options = execution_options(config.label_selector)
         read = ray.data.read_datasource(
             source,
             override_num_blocks=shards,
@@ -259,9 +266,9 @@ def training_dataset(
     return samples
 
 
-def execution_options() -> ExecutionOptions:
-    """Ray Data's options for a data set of ours: samples come in the order of the plan."""
-    return ExecutionOptions(preserve_order=True)
+def execution_options(label_selector: dict[str, str] | None = None) -> ExecutionOptions:
+    """Ray Data's options for a data set of ours: samples in the order of the plan, from nodes with these labels."""
+    return ExecutionOptions(preserve_order=True, label_selector=label_selector or None)
 
 
 def sample_bytes(config: DataConfig) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import ray.data
+from ray.data import ExecutionOptions
 from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
 from ray.data.datasource import ReadTask
@@ -107,7 +108,7 @@ def case_volumes(
     for start, stop in itertools.pairwise(bounds.tolist()):
         spec = case_shard(cases, np.arange(start, stop), indices[start:stop], config, quarantine, block)
         reads.append(Read(_named(functools.partial(read_shard, spec)), stop - start, int(sizes[start:stop].sum())))
-    return _dataset(reads, RAW_SCHEMA, target, config.task_cpus)
+    return _dataset(reads, RAW_SCHEMA, target, config.task_cpus, config.label_selector)
 
 
 def case_shard(
@@ -188,17 +189,24 @@ def _layout(sizes: Indices, shards: ShardConfig) -> tuple[int, int, Indices]:
     return target, block, shard_bounds(sizes, shards, block)
 
 
-def _dataset(reads: Sequence[Read], schema: pa.Schema, target_bytes: int, task_cpus: float) -> ray.data.Dataset:
+def _dataset(
+    reads: Sequence[Read],
+    schema: pa.Schema,
+    target_bytes: int,
+    task_cpus: float,
+    label_selector: dict[str, str] | None = None,
+) -> ray.data.Dataset:
     context = DataContext.get_current()
-    before = context.target_max_block_size
+    before = context.target_max_block_size, context.execution_options
     try:
         # A data set takes a copy of the context as it stands when it is made.
         context.target_max_block_size = target_bytes
+        context.execution_options = ExecutionOptions(label_selector=label_selector or None)
         volumes: ray.data.Dataset = ray.data.read_datasource(
             VolumeDatasource(reads, schema), override_num_blocks=max(1, len(reads)), num_cpus=task_cpus
         )
     finally:
-        context.target_max_block_size = before
+        context.target_max_block_size, context.execution_options = before
     return volumes
 
 

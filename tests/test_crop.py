@@ -1,5 +1,6 @@
 """The crop law: inside the volume, around the foreground, as MLPerf places it."""
 
+import hypothesis.extra.numpy
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -51,6 +52,22 @@ def test_boxes_are_of_the_two_largest_components_by_box_volume_of_each_class():
         (((7, 9), (7, 9), (7, 9)), ((2, 5), (2, 5), (2, 5))),
         (((0, 1), (9, 10), (9, 10)),),
     )
+
+
+@given(
+    label=hypothesis.extra.numpy.arrays(
+        np.uint8, st.tuples(st.just(1), *[st.integers(1, 7)] * 3), elements=st.sampled_from([0, 0, 1, 2, 5])
+    ),
+    order=st.sampled_from("CF"),
+)
+def test_boxes_are_those_of_a_search_through_the_whole_volume(label, order):
+    expected = []
+    for value in sorted(set(label.ravel().tolist()) - {0}):
+        components, count = scipy.ndimage.label(label[0] == value)
+        where = [np.argwhere(components == number + 1) for number in range(count)]
+        boxes = [tuple(zip(at.min(0).tolist(), (at.max(0) + 1).tolist(), strict=True)) for at in where]
+        expected.append(tuple(sorted(boxes, key=lambda box: np.prod([stop - start for start, stop in box]))[-2:]))
+    assert foreground_boxes(np.asarray(label, order=order)) == tuple(expected)
 
 
 def test_components_touch_by_faces_only():

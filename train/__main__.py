@@ -32,6 +32,12 @@ COMMANDS = {
     "logs": ("train.jobs:job_logs", "JOB [--follow] [--address URL]", "what it printed"),
     "stop": ("train.jobs:stop_job", "JOB [--address URL]", "have it save and end"),
     "list": ("train.jobs:list_jobs", "[--address URL]", "the cluster's jobs"),
+    "size": ("train.size:print_size", "--gpus N --step-s S --batch B", "how many data workers keep the GPUs busy"),
+    "cluster": (
+        "train.cluster_file:print_cluster",
+        "--project PROJECT --zone ZONE [--data-workers N]",
+        "print a cluster file for `ray up`",
+    ),
     "audit": ("train.commands:audit_run", "RUN_DIR [--ledger DIR]", "hold a run's ledger against its checkpoints"),
 }
 """Name: function that takes the rest of the arguments and gives the exit status, its arguments, what it does."""

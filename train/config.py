@@ -24,6 +24,10 @@ class TrainerConfig:
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for one training process; what is left over reads and transforms."""
 
+    resources_per_worker: dict[str, float] | None = None
+    """What one training process reserves beside its CPUs and its GPU: names and amounts of custom resources, as in Ray
+    Train's ScalingConfig. It trains on nodes that have them."""
+
     use_gpu: bool | None = None
     """Whether each rank takes a GPU; None takes one where the cluster has enough of them."""
 
@@ -120,6 +124,12 @@ class TrainerConfig:
             raise ConfigError(f"trainer.precision must be auto, fp32, bf16 or fp16; got {self.precision!r}")
         if self.compile_backend not in ("inductor", "aot_eager"):
             raise ConfigError(f"trainer.compile_backend must be inductor or aot_eager; got {self.compile_backend!r}")
+        for name, amount in (self.resources_per_worker or {}).items():
+            if name in ("CPU", "GPU") or amount <= 0:
+                raise ConfigError(
+                    "trainer.resources_per_worker must name custom resources with amounts above 0, CPU and GPU have "
+                    f"options of their own; got {name}: {amount}"
+                )
         if self.torch_threads is not None and self.torch_threads < 1:
             raise ConfigError(f"trainer.torch_threads must be 1 or more; got {self.torch_threads}")
 
@@ -206,7 +216,7 @@ def _build(kind: Any, values: dict[str, Any]) -> Any:
             continue
         value = values[field.name]
         default = field.default_factory() if callable(field.default_factory) else None
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (field.name in nested or dataclasses.is_dataclass(default)):
             built[field.name] = _build(nested.get(field.name) or type(default), value)
         else:
             built[field.name] = tuple(value) if isinstance(value, list) else value

@@ -104,7 +104,11 @@ def evaluate(config: EvaluateConfig, console: Console) -> Scores:
     cases = _cases(config, trained)
     console.print(f"scoring {trained.uri} on {len(cases)} cases of {cases.images_uri}")
     data = dataclasses.replace(
-        trained.recipe.data, store=store, bad=BadCaseConfig(), task_cpus=config.workers.read_cpus(trained)
+        trained.recipe.data,
+        store=store,
+        bad=BadCaseConfig(),
+        task_cpus=config.workers.read_cpus(trained),
+        label_selector=None,  # of the cluster that it was trained on
     )
     with connected_ray():
         volumes = case_volumes(cases, np.arange(len(cases)), data)

@@ -39,6 +39,7 @@ from .holdout import save_held_out, split_of
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
+from .nodes import alive_nodes, check_visible, with_readers
 from .report import epoch_table
 from .run_folder import RECIPE_FILE, checks_of_run_dir, resolve_run_dir
 from .stop import given_up, in_thread, make_flag, on_signals
@@ -90,7 +91,9 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, store=store))
         stack.callback(lambda: sweep_run(composed, store.run_id, store))  # after Ray's processes have ended
         stack.enter_context(connected_ray())
-        use_gpu = preflight.check_cluster(recipe)
+        nodes = alive_nodes()
+        recipe = with_readers(recipe, nodes)
+        use_gpu = preflight.check_cluster(recipe, nodes)
         before_s = time.perf_counter()
         manifest, recipe = open_data(recipe, f"{run_dir}/{MANIFEST_FILE}" if resumed else None, console)
         listing_s = time.perf_counter() - before_s
@@ -103,6 +106,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             composed += [data.images, data.labels] if data.store.transport == "compose" else []
         preflight.check_amount(recipe, len(train), len(held_out))
         preflight.check_smallest(recipe, manifest)
+        check_visible(recipe, manifest, run_dir, nodes)
         if not resumed:
             manifest.save(f"{run_dir}/{MANIFEST_FILE}")
             save_held_out(run_dir, split)
@@ -168,11 +172,13 @@ def fit(
         train_loop,
         train_loop_config={"job": job},
         datasets=datasets_of(job, manifest, train),
-        dataset_config=RankData(execution_options=execution_options()),
+        dataset_config=RankData(execution_options=execution_options(recipe.data.label_selector)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=ranks if recipe.trainer.max_workers is None else (ranks, recipe.trainer.max_workers),  # type: ignore[arg-type]
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": recipe.trainer.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+            resources_per_worker={"CPU": recipe.trainer.cpus_per_worker}
+            | ({"GPU": 1} if use_gpu else {})
+            | (recipe.trainer.resources_per_worker or {}),
         ),
         run_config=ray.train.RunConfig(
             name=name,

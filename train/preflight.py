@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import ray
 import torch
+from ray._private.state import available_resources_per_node
 
 from ingest.decode import parse_npy
 from ingest.errors import ConfigError
@@ -17,6 +19,7 @@ from ingest.manifest import Manifest, cases_of
 from ingest.stores import open_store
 
 from .config import Recipe
+from .nodes import Node, check_readers, labelled
 from .unet3d import UNet3D, check_patch
 
 # A checkpoint holds the weights and, for each, up to two moments of the optimiser.
@@ -126,13 +129,13 @@ def check_space(recipe: Recipe, run_dir: str) -> None:
         )
 
 
-def check_cluster(recipe: Recipe) -> bool:
-    """CPUs and GPUs of the cluster that Ray is connected to; whether each rank takes a GPU.
+def check_cluster(recipe: Recipe, nodes: Sequence[Node]) -> bool:
+    """CPUs and GPUs of the cluster that Ray is connected to, and of its nodes; whether each rank takes a GPU.
 
     Those that another job holds count as missing: Ray would wait for them without a word and without end.
 
     Raises:
-        ConfigError: there are too few of them, or too few are free within FREE_WITHIN_S.
+        ConfigError: there are too few of them, too few where they are wanted, or too few free within FREE_WITHIN_S.
     """
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     if not recipe.trainer.check_resources:
@@ -140,26 +143,37 @@ def check_cluster(recipe: Recipe) -> bool:
         return resources.get("GPU", 0.0) >= recipe.trainer.num_workers if wanted is None else wanted
     check_cpus(recipe, resources.get("CPU", 0.0))
     use_gpu = check_gpus(recipe, resources.get("GPU", 0.0))
-    check_free(recipe, use_gpu)
+    check_readers(recipe, nodes, use_gpu=use_gpu)
+    check_free(recipe, nodes, use_gpu)
     return use_gpu
 
 
-def check_free(recipe: Recipe, use_gpu: bool) -> None:
+def check_free(recipe: Recipe, nodes: Sequence[Node], use_gpu: bool) -> None:
     """What the run needs must be free, or become so: a run that has just ended frees it within seconds."""
-    trainer = recipe.trainer
+    trainer, selector = recipe.trainer, recipe.data.label_selector or {}
     need = {"CPU": trainer.num_workers * trainer.cpus_per_worker + recipe.data.task_cpus}
     if use_gpu:
         need["GPU"] = float(trainer.num_workers)
+    readers = [node.node_id for node in nodes if node.has(selector)]
     deadline = time.monotonic() + FREE_WITHIN_S
     while True:
         free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        short = [kind for kind, amount in need.items() if free.get(kind, 0.0) + 1e-6 < amount]
+        short = [
+            (amount, kind, free.get(kind, 0.0), "")
+            for kind, amount in need.items()
+            if free.get(kind, 0.0) + 1e-6 < amount
+        ]
+        if selector:
+            by_node = available_resources_per_node()  # type: ignore[no-untyped-call]
+            cpus = sum(by_node.get(node, {}).get("CPU", 0.0) for node in readers)
+            if cpus + 1e-6 < recipe.data.task_cpus:
+                short.append((recipe.data.task_cpus, "CPU", cpus, f" on nodes labelled {labelled(selector)}"))
         if not short:
             return
         if time.monotonic() > deadline:
-            kind = short[0]
+            amount, kind, found, where = short[-1]
             raise ConfigError(
-                f"expected {need[kind]:g} free {kind}s, found {free.get(kind, 0.0):g}: other jobs hold the rest; wait "
-                "for them or stop them, or give --trainer.check-resources False to have the run wait"
+                f"expected {amount:g} free {kind}s{where}, found {found:g}: other jobs hold the rest; wait for them or "
+                "stop them, or give --trainer.check-resources False to have the run wait"
             )
         time.sleep(0.2)

@@ -197,7 +197,7 @@ class CurlPool:
         """End the thread; requests that are under way end in an error of their callers."""
         with self._lock:
             self._closing = True
-            thread = self._thread
+            thread, self._thread = self._thread, None
             if thread is not None:
                 self._wake_in.send(b"x")
         if thread is not None:

@@ -1,0 +1,141 @@
+"""A run on a cluster of a head, a node that stands for GPUs, and two data nodes; prints what it saw, as JSON.
+
+A script of its own, run by the test beside it: Ray connects a process to one cluster only.
+"""
+
+import dataclasses
+import io
+import json
+import logging
+import sys
+import threading
+import time
+
+import ray
+import ray.data
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors, list_tasks
+from rich.console import Console
+
+from ingest.crop import CropConfig
+from ingest.errors import ConfigError
+from ingest.index import index_cases
+from ingest.pipeline import DataConfig, training_dataset
+from ingest.stores import open_store
+from ingest.testing import make_cases
+from train.config import Recipe, TrainerConfig
+from train.evaluate import SlidingWindowConfig
+from train.launch import run
+from train.nodes import DATA_WORKERS
+from train.optimizer import OptimizerConfig
+from train.unet3d import UNet3DConfig
+
+STORE_BYTES = 100 * 2**20
+LARGE = (200, (64, 64, 64))  # 1.3 MB each: more than both data nodes' stores hold
+
+
+def recipe(root: str, run_dir: str) -> Recipe:
+    return Recipe(
+        run_dir=run_dir,
+        data=DataConfig(images=f"{root}images", labels=f"{root}labels", seed=3, crop=CropConfig(patch=(8, 8, 8))),
+        model=UNet3DConfig(filters=(4, 8), bottleneck=8),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=5e-3, warmup_epochs=0),
+        window=SlidingWindowConfig(roi=(8, 8, 8), overlap=0.25),
+        trainer=TrainerConfig(
+            num_workers=2, batch_size=4, epochs=2, use_gpu=False, resources_per_worker={"accelerator": 1.0}
+        ),
+    )
+
+
+def outcome_of(recipe: Recipe) -> dict[str, object]:
+    printed = io.StringIO()
+    outcome = run(recipe, "nodes", Console(file=printed, width=200))
+    return {"checkpoint": outcome.checkpoint, "dice": outcome.rows[-1]["mean_dice"], "epochs": len(outcome.rows)}
+
+
+def refusal_of(recipe: Recipe) -> dict[str, object]:
+    started = time.monotonic()
+    try:
+        run(recipe, "nodes", Console(quiet=True))
+    except ConfigError as error:
+        return {"refused": str(error), "seconds": time.monotonic() - started}
+    return {"refused": None, "seconds": time.monotonic() - started}
+
+
+@ray.remote(num_cpus=1, label_selector=DATA_WORKERS)
+class Holder:
+    """Holds a data node's CPU."""
+
+    def ready(self) -> bool:
+        return True
+
+
+def where() -> dict[str, list[str]]:
+    """Nodes that read tasks and trainers ran on."""
+    tasks = [task for task in list_tasks(limit=10_000, detail=True) if task.node_id]
+    actors = list_actors(limit=10_000, detail=True)
+    return {
+        "read": sorted({task.node_id for task in tasks if task.name.startswith("ReadPairedVolume")}),
+        "scored": sorted({task.node_id for task in tasks if task.name.startswith("ReadVolume")}),
+        "trained": sorted({actor.node_id for actor in actors if actor.class_name == "RayTrainWorker"}),
+    }
+
+
+def memory_of(root: str) -> dict[str, object]:
+    """Bytes in the object stores while an epoch passes that is larger than they are."""
+    manifest = index_cases(f"{root}images", f"{root}labels").manifest
+    data = DataConfig(holdout_fraction=0.0, crop=CropConfig(patch=LARGE[1]), label_selector=DATA_WORKERS)
+    samples = training_dataset(manifest, data, batch=4)
+    state = get_state_from_address(None)
+    used: list[int] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.3):
+            used.append(get_memory_info_reply(state).store_stats.object_store_bytes_used)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    count = 0
+    for batch in samples.iter_batches(batch_size=4, batch_format="numpy"):
+        count += len(batch["index"])
+        time.sleep(0.05)  # a consumer that is slower than reading
+    done.set()
+    watcher.join()
+    spilled = get_memory_info_reply(state).store_stats.spilled_bytes_total
+    sample_bytes = 5 * 64**3
+    return {"samples": count, "epoch_bytes": count * sample_bytes, "peak_bytes": max(used), "spilled_bytes": spilled}
+
+
+def main(gs: str, local: str, run_root: str, large: str) -> None:
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    make_cases(open_store(f"{large}images/"), open_store(f"{large}labels/"), LARGE[0], shape=[LARGE[1]], seed=1)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": True},
+    )
+    gpu = cluster.add_node(num_cpus=4, resources={"accelerator": 2}, object_store_memory=STORE_BYTES)
+    data = [cluster.add_node(num_cpus=1, labels=DATA_WORKERS, object_store_memory=STORE_BYTES) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    found: dict[str, object] = {"gpu": [gpu.node_id], "data": sorted(node.node_id for node in data)}
+    found["on_gs"] = outcome_of(recipe(gs, f"{run_root}on-gs"))
+    found["nodes"] = where()
+    found["on_files"] = outcome_of(recipe(local, f"{run_root}on-files"))
+    found["memory"] = memory_of(large)
+    holders = [Holder.remote() for _ in data]
+    ray.get([holder.ready.remote() for holder in holders])
+    found["held"] = refusal_of(recipe(gs, f"{run_root}held"))
+    for holder in holders:
+        ray.kill(holder)
+    mine = recipe(gs, f"{run_root}no-accelerator")
+    trainer = dataclasses.replace(mine.trainer, resources_per_worker={"accelerator": 2.0})
+    found["too_few"] = refusal_of(dataclasses.replace(mine, trainer=trainer))
+    print(json.dumps(found))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

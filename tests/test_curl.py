@@ -1,0 +1,205 @@
+"""GETs by libcurl: many at once and never more than allowed, over TLS, and each failure of its own kind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.server
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+
+from ingest.errors import CredentialsError
+from ingest.stores import ObjectMeta, StoreConfig, open_store
+from ingest.stores.curl import Answer, CurlPool, Get
+from ingest.stores.retry import PassingError
+
+Answering = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+class Server:
+    """A web server of ours: what `answering` does, and how many requests it met, at most at a time."""
+
+    def __init__(self, answering: Answering, tls: ssl.SSLContext | None = None) -> None:
+        self.requests, self.busy, self.busiest = 0, 0, 0
+        self._lock = threading.Lock()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                with outer._lock:
+                    outer.requests += 1
+                    outer.busy += 1
+                    outer.busiest = max(outer.busiest, outer.busy)
+                try:
+                    answering(self)
+                finally:
+                    with outer._lock:
+                        outer.busy -= 1
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.server_address[1]}"
+        if tls:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def say(handler: http.server.BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:
+    handler.send_response(status)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    for name, value in ({"Content-Length": str(len(body))} | named).items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def say_path(handler: http.server.BaseHTTPRequestHandler) -> None:
+    say(handler, 200, handler.path.encode())
+
+
+@pytest.fixture
+def pool() -> Iterator[CurlPool]:
+    pool = CurlPool(4, connect_timeout_s=5, read_timeout_s=1, user_agent="test")
+    yield pool
+    pool.close()
+
+
+def test_many_threads_get_each_their_own_in_order_and_never_more_at_a_time_than_allowed(pool: CurlPool) -> None:
+    def slowly(handler: http.server.BaseHTTPRequestHandler) -> None:
+        time.sleep(0.002)
+        say_path(handler)
+
+    with Server(slowly) as server, concurrent.futures.ThreadPoolExecutor(8) as threads:
+        batches = [[f"/{batch}/{number}" for number in range(25)] for batch in range(8)]
+        asked = [threads.submit(pool.get, [Get(server.url + path, 100) for path in paths]) for paths in batches]
+        for paths, answers in zip(batches, asked, strict=True):
+            assert [answer.body.decode() for answer in answers.result() if isinstance(answer, Answer)] == paths
+        assert server.busiest == 4
+        assert server.requests == 200
+
+
+def test_over_tls_an_authority_that_is_known_is_trusted_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    with Server(say_path, tls) as server:
+        for known in (False, True):
+            if known:
+                monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+            pool = CurlPool(2, connect_timeout_s=5, read_timeout_s=5, user_agent="test")
+            (outcome,) = pool.get([Get(f"{server.url}/x", 2)])
+            pool.close()
+            if known:
+                assert outcome == Answer(200, b"/x", 2, None)
+            else:
+                assert isinstance(outcome, PassingError)
+                assert outcome.kind == "refused"
+                assert "certificate" in outcome.detail
+
+
+def cut(handler: http.server.BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b"x" * 500)
+    handler.close_connection = True
+
+
+def hang_up(handler: http.server.BaseHTTPRequestHandler) -> None:
+    handler.close_connection = True
+
+
+def sleep(handler: http.server.BaseHTTPRequestHandler) -> None:
+    time.sleep(1.5)
+    hang_up(handler)
+
+
+@pytest.mark.parametrize(("answering", "kind"), [(cut, "cut"), (hang_up, "reset"), (sleep, "timeout")])
+def test_each_way_that_a_connection_fails_has_its_kind(pool: CurlPool, answering: Answering, kind: str) -> None:
+    with Server(answering) as server:
+        (outcome,) = pool.get([Get(f"{server.url}/x", 1000)])
+    assert isinstance(outcome, PassingError)
+    assert outcome.kind == kind
+
+
+def test_a_server_that_takes_no_connection_is_named(pool: CurlPool) -> None:
+    (outcome,) = pool.get([Get("http://127.0.0.1:1/x", 1)])
+    assert isinstance(outcome, PassingError)
+    assert (outcome.kind, outcome.detail) == ("refused", "127.0.0.1:1 takes no connection")
+
+
+def test_an_object_that_has_become_far_larger_is_not_read_to_its_end(pool: CurlPool) -> None:
+    def endlessly(handler: http.server.BaseHTTPRequestHandler) -> None:
+        say(handler, 200, b"x" * 1000, Content_Length=str(10**12))
+        handler.close_connection = True
+
+    with Server(endlessly) as server:
+        (outcome,) = pool.get([Get(f"{server.url}/x", 10)])
+    assert isinstance(outcome, Answer)
+    assert outcome.object_bytes == 10**12
+
+
+def test_after_a_refusal_the_rest_of_its_batch_is_not_sent() -> None:
+    pool = CurlPool(1, connect_timeout_s=5, read_timeout_s=5, user_agent="test")
+    with Server(lambda handler: say(handler, 403, b"no")) as server:
+        outcomes = pool.get([Get(f"{server.url}/{number}", 1) for number in range(20)])
+        assert server.requests == 1
+    pool.close()
+    assert outcomes == [Answer(403, b"no", 2, None)] + [None] * 19
+
+
+def test_a_closed_pool_ends_what_is_under_way_and_takes_no_more(pool: CurlPool) -> None:
+    with Server(sleep) as server, concurrent.futures.ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(pool.get, [Get(f"{server.url}/x", 1)])
+        while not server.busy:
+            time.sleep(0.01)
+        pool.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            asked.result()
+        with pytest.raises(RuntimeError, match="closed"):
+            pool.get([Get(f"{server.url}/x", 1)])
+
+
+def test_a_wait_that_the_server_asks_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy_at_first(handler: http.server.BaseHTTPRequestHandler) -> None:
+        if server.requests == 1:
+            say(handler, 429, b"slow down", Retry_After="1")
+        else:
+            say(handler, 200, b"abc")
+
+    with Server(busy_at_first) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        store = open_store("gs://b", StoreConfig(transport="direct", retry_first_s=0.001, retry_longest_s=0.001))
+        started = time.monotonic()
+        assert store.fetch([ObjectMeta("a", 3)]) == [b"abc"]
+        assert time.monotonic() - started >= 1
+
+
+def test_what_a_server_says_when_it_refuses_is_in_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = b"<?xml version='1.0'?><Error><Code>AuthenticationRequired</Code><Message>Who are\n you?</Message></Error>"
+    with Server(lambda handler: say(handler, 401, said)) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        with pytest.raises(CredentialsError, match=r"reading gs://b/a: .*401: Who are you\?"):
+            open_store("gs://b", StoreConfig(transport="direct")).fetch([ObjectMeta("a", 3)])
