@@ -32,7 +32,7 @@ from train.optimizer import OptimizerConfig
 from train.unet3d import UNet3DConfig
 
 STORE_BYTES = 100 * 2**20
-LARGE = (200, (64, 64, 64))  # 1.3 MB each: more than both data nodes' stores hold
+LARGE = (400, (64, 64, 64))  # 1.3 MB each: more than the stores of all four nodes hold
 
 
 def recipe(root: str, run_dir: str) -> Recipe:
@@ -100,12 +100,18 @@ def memory_of(root: str) -> dict[str, object]:
     count = 0
     for batch in samples.iter_batches(batch_size=4, batch_format="numpy"):
         count += len(batch["index"])
-        time.sleep(0.05)  # a consumer that is slower than reading
+        time.sleep(0.02)  # a consumer that is slower than reading
     done.set()
     watcher.join()
     spilled = get_memory_info_reply(state).store_stats.spilled_bytes_total
     sample_bytes = 5 * 64**3
-    return {"samples": count, "epoch_bytes": count * sample_bytes, "peak_bytes": max(used), "spilled_bytes": spilled}
+    return {
+        "samples": count,
+        "epoch_bytes": count * sample_bytes,
+        "store_bytes": 4 * STORE_BYTES,
+        "peak_bytes": max(used),
+        "spilled_bytes": spilled,
+    }
 
 
 def main(gs: str, local: str, run_root: str, large: str) -> None:
