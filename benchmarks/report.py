@@ -18,6 +18,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 RESULTS_DIR = Path(__file__).parent / "results"
@@ -72,7 +73,10 @@ class Report:
         for row in self.rows:
             cells = ("-" if row.get(field) is None else form.format(row[field]) for field, form in fields.items())
             table.add_row(*cells)
-        console.print(table)
+        # Wider than the terminal rather than cut: who reads it in a file has no narrower one.
+        whole = Measurement.get(console, console.options.update(width=1000), table).maximum
+        wide = Console(file=console.file, width=max(console.width, whole), soft_wrap=True)
+        wide.print(table)
 
 
 def meta_of(seed: int, **more: Any) -> dict[str, Any]:

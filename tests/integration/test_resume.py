@@ -21,6 +21,7 @@ from train.__main__ import main
 from train.audit import audit
 from train.checkpoint import load_state, read_position
 from train.launch import run
+from train.records import read_events
 
 pytestmark = [pytest.mark.crash, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(400)]
 
@@ -81,6 +82,8 @@ def test_on_two_ranks_a_kill_leaves_the_loss_curve_as_it_would_have_been(places,
     killed = run(tiny(places.local, tmp_path / "killed", **options, ledger=str(ledger), max_failures=3), "t", quiet())
     assert len(killer.killed) == 1
     assert audit(killed.run_dir).passed
+    told = [event.kind for event in read_events(killed.run_dir) if event.kind != "retry"]
+    assert told == ["start", "fault", "start", "end"]
     assert [row["train_loss"] for row in killed.rows] == pytest.approx(
         [row["train_loss"] for row in calm.rows], abs=1e-4
     )
