@@ -32,7 +32,8 @@ LOADERS: tuple[Loader, ...] = Loader.__args__  # type: ignore[attr-defined]
 OTHER_PEERS = ("torch-obstore", "litdata-raw", "mosaic")
 LOCAL = ("ours-local", "local-loop")
 IN_PART = ("ours-boxes", "ours-whole")  # differ from ours-auto only where volumes are large
-WARM_UP_S = 4.0
+WARM_UP_S = 3.0
+LEAST_BATCHES = 4
 LARGE_KB = 10 * 2**10  # of pairs whose images are read in part
 FIELDS = {
     "loader": "{}",
@@ -67,7 +68,7 @@ class ThroughputConfig:
     labels: str = ""
     """URI of the labels."""
 
-    pairs: int = 9600
+    pairs: int = 4800
     """Generated pairs."""
 
     pair_kb: tuple[int, ...] = (160,)
@@ -91,7 +92,7 @@ class ThroughputConfig:
     workers: int = 2
     """Processes of the DataLoaders."""
 
-    seconds: float = 6.0
+    seconds: float = 4.0
     """About as long takes an epoch at the most: a loader that is slow while it warms up gets fewer pairs."""
 
     def __post_init__(self) -> None:
@@ -123,7 +124,7 @@ def open_loader(name: Loader, work: Work) -> Opened:
 
 
 def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """One epoch of one loader, in this process, after small ones and one of half its length that warm it up.
+    """One epoch of one loader, in this process, after small ones and some of its length that warm it up.
 
     What is timed runs from asking for the epoch to its last batch as tensors; processes are up by then, connections
     open. CPU time is that of this process and all below it, between the same two instants. An epoch is never broken
@@ -135,15 +136,19 @@ def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str
     with TreeMeter() as meter, open_loader(loader, what) as epoch:
         limit = min(pairs, max(what.batch, min(8 * what.batch, pairs // 4)))
         started = time.monotonic()
+        drain(epoch(limit), what)  # starts processes, which import what they need
         warm = drain(epoch(limit), what)
-        while time.monotonic() - started < WARM_UP_S:  # until processes are up and have imported what they need
+        while time.monotonic() - started < WARM_UP_S:
             warm = drain(epoch(limit), what)
-        limit = fitting(warm, seconds / 2, what.batch, limit, pairs)
-        # Long enough that every process takes part, which a small epoch does not ask of it.
-        warm = drain(epoch(limit), what)
-        limit = fitting(warm, seconds, what.batch, limit, pairs)
         settle(meter)
         idle_bytes = meter.rss_bytes()
+        # Long enough that every process takes part, which a small epoch does not ask of it. No pause before the timed
+        # one: Ray ends processes that idle for a second.
+        spent_s, least = warm[2], min(pairs, LEAST_BATCHES * what.batch)
+        while spent_s < seconds:
+            warm = drain(epoch(fitting(warm, seconds, what.batch, limit, pairs)), what)
+            spent_s += warm[2]
+        limit = fitting(warm, seconds, what.batch, least, pairs)
         cpu_s = meter.cpu_s()
         samples, first_s, last_s = drain(epoch(limit if limit < pairs else None), what)
         cpu_s = meter.cpu_s() - cpu_s
@@ -173,18 +178,24 @@ def drain(batches: Iterator[Tensors], work: Work) -> tuple[int, float, float]:
 
 
 def fitting(warm: tuple[int, float, float], seconds: float, batch: int, least: int, most: int) -> int:
-    """So many pairs, in whole batches, as a loader should take in that time, by what it did in a shorter epoch."""
-    given, first_s, last_s = warm
-    if given <= batch:
-        return most
-    likely = seconds * (given - batch) / (last_s - first_s)
-    return min(most, max(least, round(likely / batch) * batch))
+    """So many pairs, in whole batches, as a loader should take in that time, by what it did in a shorter epoch.
+
+    Its start counts: some loaders do all of their work before the first batch.
+    """
+    given, _, last_s = warm
+    return min(most, max(least, round(seconds * given / last_s / batch) * batch))
 
 
 def size_of(work: Work) -> tuple[int, float]:
     """How many pairs there are, and the mean bytes of one."""
     manifest = index_cases(work.images, work.labels).manifest
     return len(manifest), float(manifest.case_bytes().mean())
+
+
+def into_page_cache(folder: Path) -> None:
+    """Read all files below a folder, so that no loader is measured on a disk: kernels drop pages that nobody reads."""
+    for path in folder.rglob("*.npy"):
+        path.read_bytes()
 
 
 def settle(meter: TreeMeter, longest_s: float = 5.0) -> None:
@@ -258,6 +269,8 @@ def _rounds(
                 in_flight=IN_FLIGHT_FAR if latency_ms else IN_FLIGHT_NEAR,
                 seed=config.seed + number,
             )
+            if place.folder:
+                into_page_cache(place.folder)
             result = in_child(
                 "benchmarks.throughput:measure",
                 place.env,
