@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import http.server
 import ssl
 import threading
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 import trustme
 
-from ingest.errors import CredentialsError
+from ingest.errors import CorruptObjectError, CredentialsError
 from ingest.stores import ObjectMeta, StoreConfig, open_store
-from ingest.stores.curl import Answer, CurlPool, Get
+from ingest.stores.base import RangeRequest
+from ingest.stores.curl import Answer, CurlPool, Get, PoolClosedError
+from ingest.stores.gcs_clients import curl_pool
 from ingest.stores.retry import PassingError
 
 Answering = Callable[[http.server.BaseHTTPRequestHandler], None]
@@ -203,3 +206,93 @@ def test_what_a_server_says_when_it_refuses_is_in_the_message(monkeypatch: pytes
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         with pytest.raises(CredentialsError, match=r"reading gs://b/a: .*401: Who are you\?"):
             open_store("gs://b", StoreConfig(transport="direct")).fetch([ObjectMeta("a", 3)])
+
+
+def test_bodies_are_not_held_on_to_once_they_are_handed_over(pool: CurlPool) -> None:
+    with Server(lambda handler: say(handler, 200, b"x" * 2_000_000)) as server:
+        before = rss_bytes()
+        for _ in range(10):
+            outcomes = pool.get([Get(f"{server.url}/{number}", 2_000_000) for number in range(20)])
+            assert all(isinstance(outcome, Answer) and len(outcome.body) == 2_000_000 for outcome in outcomes)
+        del outcomes
+        kept = [thing for thing in gc.get_objects() if type(thing) is list and sum(map(size_of_bytes, thing)) > 10**6]
+        assert kept == []
+        assert rss_bytes() - before < 200e6
+
+
+def size_of_bytes(thing: object) -> int:
+    if isinstance(thing, Answer):
+        return len(thing.body)
+    return len(thing) if isinstance(thing, bytes) else 0
+
+
+def rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_the_beginning_of_a_longer_body_is_not_taken_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_chunks(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (200_000, b"x" * 200_000))
+
+    with Server(in_chunks) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        config = StoreConfig(transport="direct", retry_first_s=0.001, retry_corrupt_tries=2)
+        (found,) = open_store("gs://b", config).fetch_each([ObjectMeta("a", 100_000)])
+        assert isinstance(found, CorruptObjectError)
+
+
+def test_another_part_than_was_asked_for_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def the_first(handler: http.server.BaseHTTPRequestHandler) -> None:
+        say(handler, 206, b"x" * 100, Content_Range="bytes 0-99/1000")
+
+    with Server(the_first) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        store = open_store("gs://b", StoreConfig(retry_first_s=0.001, retry_corrupt_tries=2))
+        (wrong,) = store.fetch_ranges([RangeRequest(ObjectMeta("a", 1000), 500, 600)])
+        assert isinstance(wrong, CorruptObjectError)
+        assert store.fetch_ranges([RangeRequest(ObjectMeta("a", 1000), 0, 100)]) == [b"x" * 100]
+
+
+def test_a_request_that_cannot_be_made_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "josé.pem"))
+    pool = CurlPool(2, connect_timeout_s=5, read_timeout_s=5, user_agent="a\0b")  # libcurl takes no such string
+    with pytest.raises(PoolClosedError):
+        pool.get([Get("http://127.0.0.1:1/x", 1)])
+    assert pool.closed
+    pool.close()
+
+
+def test_a_file_of_authorities_below_a_folder_with_any_name_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.cert_pem.write_to_path(tmp_path / "josé.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "josé.pem"))
+    pool = CurlPool(2, connect_timeout_s=5, read_timeout_s=5, user_agent="test")
+    with Server(say_path, tls) as server:
+        (outcome,) = pool.get([Get(f"{server.url}/é", 3)])
+    pool.close()
+    assert isinstance(outcome, Answer)
+    assert outcome.status == 200
+
+
+def test_a_token_that_ran_out_while_a_request_waited_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once_too_late(handler: http.server.BaseHTTPRequestHandler) -> None:
+        say(handler, 401, b"expired") if server.requests == 1 else say(handler, 200, b"abc")
+
+    with Server(once_too_late) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        assert open_store("gs://b", StoreConfig(transport="direct")).fetch([ObjectMeta("a", 3)]) == [b"abc"]
+
+
+def test_after_a_pool_has_failed_the_next_read_makes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server(lambda handler: say(handler, 200, b"abc")) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        config = StoreConfig(transport="direct", max_in_flight=3)
+        curl_pool(config, 3).close()
+        assert open_store("gs://b", config).fetch([ObjectMeta("a", 3)]) == [b"abc"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import re
 from pathlib import Path
 
@@ -19,7 +21,7 @@ CPUS_PER_DATA_WORKER = 32
 SERVICE_ACCOUNT = "ray-autoscaler-sa-v1@{project}.iam.gserviceaccount.com"
 
 # https://cloud.google.com/resource-manager/docs/creating-managing-projects#before_you_begin
-_PROJECT = re.compile(r"([a-z][a-z0-9.-]*:)?[a-z][a-z0-9-]{4,28}[a-z0-9]")
+_PROJECT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
 _ZONE = re.compile(r"([a-z]+-[a-z]+[0-9]+)-[a-z]")
 
 
@@ -63,10 +65,6 @@ class ClusterConfig:
             raise ConfigError(
                 f"most_data_workers must be 1 or more and not below data_workers, {self.data_workers}; got {self.most}"
             )
-        for name in ("service_account", "source"):
-            value = getattr(self, name)
-            if value is not None and not re.fullmatch(r"[\w@./~ -]+", value):
-                raise ConfigError(f"{name} must be a plain name or path; got {value!r}")
 
     @property
     def most(self) -> int:
@@ -91,11 +89,12 @@ def filled(config: ClusterConfig, template: Path = CLUSTER_FILE) -> str:
     assert zone is not None  # the configuration was checked
     labels = ", ".join(f"{key}: {value}" for key, value in DATA_WORKERS.items())
     values = {
-        "project": config.project,
+        "project": json.dumps(config.project),
         "region": zone.group(1),
         "zone": config.zone,
-        "service_account": config.service_account or SERVICE_ACCOUNT.format(project=config.project),
-        "source": config.source or str(template.parent),
+        "disk_type": f"projects/{config.project}/zones/{config.zone}/diskTypes/pd-balanced",
+        "service_account": json.dumps(config.service_account or SERVICE_ACCOUNT.format(project=config.project)),
+        "source": json.dumps(config.source or str(template.parent)),
         "gpu_workers": str(config.gpu_workers),
         "least_data_workers": str(config.data_workers),
         "most_data_workers": str(config.most),
@@ -113,5 +112,9 @@ def filled(config: ClusterConfig, template: Path = CLUSTER_FILE) -> str:
         count = len(line.findall(text))
         if count != 1:
             raise ConfigError(f"expected one line `  {name}: &{name} …` in {template}, found {count}; restore the file")
-        text = line.sub(rf"\g<1> {value}\g<2>", text)
+        text = line.sub(functools.partial(_with_value, value), text)
     return text
+
+
+def _with_value(value: str, line: re.Match[str]) -> str:
+    return f"{line[1]} {value}{line[2] or ''}"

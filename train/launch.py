@@ -106,7 +106,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             composed += [data.images, data.labels] if data.store.transport == "compose" else []
         preflight.check_amount(recipe, len(train), len(held_out))
         preflight.check_smallest(recipe, manifest)
-        check_visible(recipe, manifest, run_dir, nodes)
+        check_visible(recipe, [manifest, held_out], run_dir, nodes)
         if not resumed:
             manifest.save(f"{run_dir}/{MANIFEST_FILE}")
             save_held_out(run_dir, split)

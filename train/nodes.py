@@ -49,7 +49,7 @@ class Node:
 
     def holds(self, amounts: Mapping[str, float]) -> bool:
         """Whether it has as much of every resource."""
-        return all(self.resources.get(name, 0.0) >= amount for name, amount in amounts.items())
+        return all(self.resources.get(name, 0.0) + 1e-6 >= amount for name, amount in amounts.items())
 
 
 def alive_nodes() -> list[Node]:
@@ -89,7 +89,7 @@ def check_readers(recipe: Recipe, nodes: Sequence[Node], *, use_gpu: bool) -> No
     """
     trainer, selector = recipe.trainer, recipe.data.label_selector or {}
     for name, amount in (trainer.resources_per_worker or {}).items():
-        room = sum(int(node.resources.get(name, 0.0) / amount) for node in nodes)
+        room = sum(int(node.resources.get(name, 0.0) / amount + 1e-6) for node in nodes)
         if room < trainer.num_workers:
             raise ConfigError(
                 f"expected {amount:g} {name} for each of {trainer.num_workers} ranks, found enough for {room}; lower "
@@ -146,13 +146,13 @@ def look_from(nodes: Sequence[Node], paths: Sequence[str]) -> dict[str, list[str
 
 
 def check_visible(
-    recipe: Recipe, manifest: Manifest, run_dir: str, nodes: Sequence[Node], look: Look = look_from
+    recipe: Recipe, manifests: Sequence[Manifest], run_dir: str, nodes: Sequence[Node], look: Look = look_from
 ) -> None:
     """Local places must be the same folders on every node that runs anything of ours; gs:// places always are.
 
     Args:
         recipe: the run.
-        manifest: its first case is looked for.
+        manifests: what is trained on and scored; the first case of each is looked for.
         run_dir: of the run; a file is put there for a moment, and looked for.
         nodes: of the cluster; those without CPUs run nothing of ours. With a single node nothing is asked.
         look: says which paths are missing, node by node.
@@ -165,16 +165,18 @@ def check_visible(
     working = [node for node in nodes if node.resources.get("CPU", 0.0) > 0]
     with contextlib.ExitStack() as stack:
         wanted: dict[str, str] = {}
-        for uri, column, role in (
-            (manifest.images_uri, "image", "images"),
-            (manifest.labels_uri, "label", "labels"),
-        ):
-            store = open_store(uri)
-            if isinstance(store, LocalStore) and len(manifest):
-                wanted[store.uri_of(manifest.table[column][0].as_py())] = f"the {role} in {store.root}"
+        for manifest in manifests:
+            for uri, column, role in (
+                (manifest.images_uri, "image", "images"),
+                (manifest.labels_uri, "label", "labels"),
+            ):
+                store = open_store(uri)
+                if isinstance(store, LocalStore) and len(manifest):
+                    wanted[store.uri_of(manifest.table[column][0].as_py())] = f"the {role} in {store.root}"
         for folder, role in ((run_dir, "--run-dir"), (recipe.trainer.ledger, "--trainer.ledger")):
-            if folder is not None and "://" not in folder:
-                wanted[stack.enter_context(_probe(folder))] = f"what is written to {role} {folder}"
+            place = open_store(folder) if folder else None
+            if isinstance(place, LocalStore):
+                wanted[stack.enter_context(_probe(Path(place.root)))] = f"what is written to {role} {folder}"
         if not wanted:
             return
         unseen = look(working, list(wanted))
@@ -189,9 +191,8 @@ def check_visible(
 
 
 @contextlib.contextmanager
-def _probe(folder: str) -> Iterator[str]:
+def _probe(place: Path) -> Iterator[str]:
     """A file in a folder, for a moment; a folder that was made for it goes again with it."""
-    place = Path(folder).expanduser().resolve()
     made = [parent for parent in (place, *place.parents) if not parent.exists()]
     place.mkdir(parents=True, exist_ok=True)
     file = place / f".voxflux-seen-{uuid.uuid4().hex}"
@@ -200,5 +201,6 @@ def _probe(folder: str) -> Iterator[str]:
         yield str(file)
     finally:
         file.unlink()
-        for parent in made:
-            parent.rmdir()
+        with contextlib.suppress(OSError):  # another run has put something there meanwhile
+            for parent in made:
+                parent.rmdir()

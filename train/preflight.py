@@ -154,26 +154,33 @@ def check_free(recipe: Recipe, nodes: Sequence[Node], use_gpu: bool) -> None:
     need = {"CPU": trainer.num_workers * trainer.cpus_per_worker + recipe.data.task_cpus}
     if use_gpu:
         need["GPU"] = float(trainer.num_workers)
+    rank = {"CPU": trainer.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {}) | (trainer.resources_per_worker or {})
     readers = [node.node_id for node in nodes if node.has(selector)]
     deadline = time.monotonic() + FREE_WITHIN_S
     while True:
         free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
         short = [
-            (amount, kind, free.get(kind, 0.0), "")
+            (amount, f"{kind}s", free.get(kind, 0.0), "")
             for kind, amount in need.items()
             if free.get(kind, 0.0) + 1e-6 < amount
         ]
+        by_node: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+        # A rank takes all that it takes on one node.
+        rooms = [min(have.get(kind, 0.0) / amount for kind, amount in rank.items()) for have in by_node.values()]
+        room = sum(int(room + 1e-6) for room in rooms)
+        if not short and room < trainer.num_workers:
+            each = " and ".join(f"{amount:g} {kind}" for kind, amount in rank.items())
+            short.append((trainer.num_workers, f"places for ranks with {each}", room, ""))
         if selector:
-            by_node = available_resources_per_node()  # type: ignore[no-untyped-call]
             cpus = sum(by_node.get(node, {}).get("CPU", 0.0) for node in readers)
             if cpus + 1e-6 < recipe.data.task_cpus:
-                short.append((recipe.data.task_cpus, "CPU", cpus, f" on nodes labelled {labelled(selector)}"))
+                short.append((recipe.data.task_cpus, "CPUs", cpus, f" on nodes labelled {labelled(selector)}"))
         if not short:
             return
         if time.monotonic() > deadline:
             amount, kind, found, where = short[-1]
             raise ConfigError(
-                f"expected {amount:g} free {kind}s{where}, found {found:g}: other jobs hold the rest; wait for them or "
+                f"expected {amount:g} free {kind}{where}, found {found:g}: other jobs hold the rest; wait for them or "
                 "stop them, or give --trainer.check-resources False to have the run wait"
             )
         time.sleep(0.2)

@@ -7,6 +7,7 @@ what the other does.
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import re
 import selectors
@@ -26,9 +27,10 @@ _BUFFER_BYTES = 512 * 1024  # libcurl's default of 16 KiB calls back into Python
 _ERROR_TEXT_BYTES = 64 * 1024  # an answer may be so long whatever was expected: a refusal says why
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _EVENTS = {pycurl.POLL_IN: _READ, pycurl.POLL_OUT: _WRITE, pycurl.POLL_INOUT: _READ | _WRITE}
-_REFUSED = frozenset({pycurl.E_COULDNT_CONNECT, pycurl.E_COULDNT_RESOLVE_HOST, pycurl.E_COULDNT_RESOLVE_PROXY})
+_REFUSED = frozenset({pycurl.E_COULDNT_CONNECT, pycurl.E_COULDNT_RESOLVE_HOST})
+_UNTRUSTED = frozenset({pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CACERT_BADFILE, pycurl.E_COULDNT_RESOLVE_PROXY})
 _NOT_ALLOWED = frozenset({401, 403})
-_UNTRUSTED = frozenset({pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CACERT_BADFILE})
+_HOPELESS = frozenset({"refused", "timeout"})  # for the rest of a batch too: its caller is to hear of it
 
 
 class Get(NamedTuple):
@@ -55,12 +57,18 @@ class Answer(NamedTuple):
         body: shorter than announced where it would have been far longer than expected.
         object_bytes: of the whole object, by the headers; None where they do not say.
         retry_after: as the header has it.
+        span: of a part of an object, the first byte and the one after the last, by the headers; None for a whole one.
     """
 
     status: int
     body: bytes
     object_bytes: int | None
     retry_after: str | None
+    span: tuple[int, int] | None = None
+
+
+class PoolClosedError(RuntimeError):
+    """The pool of connections is closed, or its thread has failed."""
 
 
 Outcome: TypeAlias = Answer | PassingError
@@ -84,6 +92,9 @@ class _Batch:
             self.finished.set()
 
 
+_NOTHING = _Batch(())
+
+
 class _Transfer:
     """A libcurl handle and what it is at."""
 
@@ -91,31 +102,38 @@ class _Transfer:
         self.handle: Any = pycurl.Curl()
         for option, value in options:
             self.handle.setopt(option, value)
-        self.batch: _Batch
-        self.position = 0
         self.body: list[bytes] = []
         self.head: list[bytes] = []
+        self.handle.setopt(pycurl.WRITEFUNCTION, self.body.append)
+        self.handle.setopt(pycurl.HEADERFUNCTION, self.head.append)
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold on to nothing of what was done: handles are kept, and bodies are large."""
+        self.batch, self.position = _NOTHING, 0
+        self.body.clear()
+        self.head.clear()
 
     def begin(self, batch: _Batch, position: int) -> None:
         get = batch.gets[position]
-        self.batch, self.position, self.body, self.head = batch, position, [], []
+        self.batch, self.position = batch, position
         handle = self.handle
-        handle.setopt(pycurl.URL, get.url)
+        handle.setopt(pycurl.URL, get.url.encode())
         handle.setopt(pycurl.HTTPHEADER, list(get.headers))
-        handle.setopt(pycurl.MAXFILESIZE_LARGE, max(get.expected_bytes, _ERROR_TEXT_BYTES))
+        # One more than expected, so that what is cut off there is never as long as what is expected.
+        handle.setopt(pycurl.MAXFILESIZE_LARGE, max(get.expected_bytes, _ERROR_TEXT_BYTES) + 1)
         if get.span is None:
             handle.unsetopt(pycurl.RANGE)
         else:
             handle.setopt(pycurl.RANGE, f"{get.span[0]}-{get.span[1] - 1}")
-        handle.setopt(pycurl.WRITEFUNCTION, self.body.append)
-        handle.setopt(pycurl.HEADERFUNCTION, self.head.append)
 
-    def answer(self) -> Answer:
+    def answer(self, *, cut: bool = False) -> Answer:
         status, body = int(self.handle.getinfo(pycurl.RESPONSE_CODE)), b"".join(self.body)
-        if status == 200 and len(body) == self.batch.gets[self.position].expected_bytes:
+        if status == 200 and not cut and len(body) == self.batch.gets[self.position].expected_bytes:
             return Answer(status, body, len(body), None)  # by far the most: looking into headers costs a tenth of a GET
         head = b"".join(self.head)
         total = re.search(rb"^content-range: *bytes [^/]*/(\d+)", head, re.IGNORECASE | re.MULTILINE)
+        part = re.search(rb"^content-range: *bytes (\d+)-(\d+)/", head, re.IGNORECASE | re.MULTILINE)
         length = re.search(rb"^content-length: *(\d+)", head, re.IGNORECASE | re.MULTILINE)
         after = re.search(rb"^retry-after: *([^\r\n]+)", head, re.IGNORECASE | re.MULTILINE)
         announced = total or length
@@ -124,15 +142,16 @@ class _Transfer:
             body,
             int(announced.group(1)) if announced else None,
             after.group(1).decode("latin-1").strip() if after else None,
+            (int(part.group(1)), int(part.group(2)) + 1) if part else None,
         )
 
     def error(self, code: int, text: str) -> Outcome:
         if code == pycurl.E_FILESIZE_EXCEEDED:
-            return self.answer()
-        if code in _REFUSED:
+            return self.answer(cut=True)
+        if code in _REFUSED and self.handle.getinfo(pycurl.HTTP_CONNECTCODE) in (0, 200):
             server = urlsplit(self.batch.gets[self.position].url).netloc
             return PassingError("refused", f"{server} takes no connection")
-        if code in _UNTRUSTED:
+        if code in _REFUSED or code in _UNTRUSTED:  # by a proxy, or by ourselves: the text says why
             return PassingError("refused", text)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             return PassingError("timeout", text)
@@ -150,7 +169,7 @@ class CurlPool:
         authorities = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE") or certifi.where()
         self._options: tuple[tuple[int, Any], ...] = (
             (pycurl.BUFFERSIZE, _BUFFER_BYTES),
-            (pycurl.CAINFO, authorities),
+            (pycurl.CAPATH if os.path.isdir(authorities) else pycurl.CAINFO, os.fsencode(authorities)),  # noqa: PTH112
             (pycurl.CONNECTTIMEOUT_MS, max(1, round(1000 * connect_timeout_s))),
             # HTTP/2 would have all requests share one connection, and so one TCP window.
             (pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1),
@@ -170,17 +189,18 @@ class CurlPool:
         """Send these and wait for all of them.
 
         Returns:
-            One entry a request, in the order given; None for those that were not sent any more after a 401 or 403.
+            One entry a request, in the order given; None for those that were not sent any more after a 401, a 403, a
+            refused connection or a time-out.
 
         Raises:
-            RuntimeError: the pool is closed, or its thread has failed.
+            PoolClosedError: the pool is closed, or its thread has failed.
         """
         if not gets:
             return []
         batch = _Batch(gets)
         with self._lock:
             if self._closing:
-                raise RuntimeError("expected an open pool of connections, found it closed; make a new one")
+                raise PoolClosedError("expected an open pool of connections, found it closed; make a new one")
             self._waiting.extend((batch, position) for position in range(len(gets)))
             if self._thread is None:
                 self._wake_in, self._wake_out = socket.socketpair()
@@ -190,8 +210,13 @@ class CurlPool:
             self._wake_in.send(b"x")
         batch.finished.wait()
         if batch.failed is not None:
-            raise RuntimeError(f"the thread that sends requests failed: {batch.failed!r}") from batch.failed
+            raise PoolClosedError(f"the thread that sends requests failed: {batch.failed!r}") from batch.failed
         return batch.outcomes
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closing
 
     def close(self) -> None:
         """End the thread; requests that are under way end in an error of their callers."""
@@ -206,23 +231,25 @@ class CurlPool:
             self._wake_out.close()
 
     def _serve(self) -> None:
-        loop = _Loop(self._options, self._in_flight, self._wake_out)
+        loop: _Loop | None = None
         try:
+            loop = _Loop(self._options, self._in_flight, self._wake_out)
             while not self._closing:
                 loop.start(self._waiting)
                 loop.turn()
-            raise RuntimeError("it was closed")
-        except BaseException as error:
+            raise PoolClosedError("it was closed")
+        except BaseException as error:  # whatever it is, nobody may wait for this thread any longer
             with self._lock:
                 self._closing = True
-                batches = {id(batch): batch for batch, _ in self._waiting} | loop.batches()
-            for batch in batches.values():
+                batches = {id(batch): batch for batch, _ in self._waiting}
+            for batch in (batches | (loop.batches() if loop else {})).values():
                 batch.failed = error
                 batch.finished.set()
-            if not isinstance(error, RuntimeError):
+            if not isinstance(error, Exception):
                 raise
         finally:
-            loop.close()
+            if loop is not None:
+                loop.close()
 
 
 class _Loop:
@@ -245,13 +272,15 @@ class _Loop:
     def start(self, waiting: collections.deque[tuple[_Batch, int]]) -> None:
         """Begin as many as may be in flight."""
         while waiting and len(self._active) < self._in_flight:
-            batch, position = waiting.popleft()
+            batch, position = waiting[0]  # taken out when it is begun, so that a failure finds it somewhere
             if batch.refused:
+                waiting.popleft()
                 batch.end_one()
                 continue
             transfer = self._idle.pop() if self._idle else _Transfer(self._options)
             transfer.begin(batch, position)
             self._active[transfer.handle] = transfer
+            waiting.popleft()
             self._multi.add_handle(transfer.handle)
 
     def turn(self) -> None:
@@ -281,7 +310,8 @@ class _Loop:
     def close(self) -> None:
         """Close all connections."""
         for handle in self._active:
-            self._multi.remove_handle(handle)
+            with contextlib.suppress(pycurl.error):  # it was on its way out
+                self._multi.remove_handle(handle)
             handle.close()
         for transfer in self._idle:
             transfer.handle.close()
@@ -289,15 +319,17 @@ class _Loop:
         self._selector.close()
 
     def _end(self, handle: Any, error: tuple[int, str] | None) -> None:
-        transfer = self._active.pop(handle)
+        transfer = self._active[handle]
         self._multi.remove_handle(handle)
         batch = transfer.batch
         outcome = transfer.answer() if error is None else transfer.error(*error)
         batch.outcomes[transfer.position] = outcome
-        batch.refused = batch.refused or (isinstance(outcome, Answer) and outcome.status in _NOT_ALLOWED)
-        batch.end_one()
-        transfer.body, transfer.head = [], []
+        if outcome.status in _NOT_ALLOWED if isinstance(outcome, Answer) else outcome.kind in _HOPELESS:
+            batch.refused = True
+        del self._active[handle]
+        transfer.forget()
         self._idle.append(transfer)
+        batch.end_one()
 
     def _watch(self, what: int, fd: int, _multi: Any, _data: Any) -> None:
         known = fd in self._selector.get_map()

@@ -42,6 +42,13 @@ class _Cache:
                 self._made[key] = make()
             return cast(T, self._made[key])
 
+    def replace(self, key: tuple[object, ...], make: Callable[[], T], old: T) -> T:
+        """Another one in the place of `old`, if that is not done already."""
+        with self._lock:
+            if self._made.get(key) is old:
+                self._made[key] = make()
+            return self.get(key, make)
+
     def drain(self) -> list[Any]:
         """Take everything out."""
         with self._lock:
@@ -100,12 +107,14 @@ def curl_pool(config: StoreConfig, in_flight: int) -> CurlPool:
             user_agent=_USER_AGENT,
         )
 
-    return _CACHE.get(("curl", in_flight, config.connect_timeout_s, config.read_timeout_s), make)
+    key = ("curl", in_flight, config.connect_timeout_s, config.read_timeout_s)
+    found = _CACHE.get(key, make)
+    return _CACHE.replace(key, make, found) if found.closed else found
 
 
 def object_url(bucket: str, key: str, generation: int | None) -> str:
     """Where the XML API has an object: https://cloud.google.com/storage/docs/request-endpoints (path-style)."""
-    place = f"{emulator_url() or 'https://storage.googleapis.com'}/{bucket}/{quote(key, safe='/~')}"
+    place = f"{emulator_url() or 'https://storage.googleapis.com'}/{quote(bucket)}/{quote(key, safe='/~')}"
     return place if generation is None else f"{place}?generation={generation}"
 
 

@@ -20,7 +20,7 @@ from ..errors import (
     StoreError,
 )
 from .base import Bodies, ObjectMeta, Pieces, RangeRequest, StoreConfig, joined, parted
-from .curl import Answer, Get, Outcome
+from .curl import Answer, Get, Outcome, PoolClosedError
 from .gcs_clients import authorization, curl_pool, google_blob, google_client, object_url, pool, timeouts_s
 from .gcs_errors import AbsentError, RefusalError, call, status_of
 from .retry import PassingError
@@ -121,7 +121,9 @@ class DirectReader:
     def _read(self, ask: Ask, outcome: Outcome | None) -> bytes | ObjectError:
         """Read under the retry policy, whose first try gave `outcome` where that is not None."""
         key = self.prefix + ask.meta.name
-        first = [] if outcome is None else [outcome]
+        # A token may have run out while the request waited for its turn: a 401 is asked again with a new one.
+        stale_token = isinstance(outcome, Answer) and outcome.status == 401
+        first = [] if outcome is None or stale_token else [outcome]
 
         def attempt() -> bytes:
             try:
@@ -166,7 +168,10 @@ class DirectReader:
             )
             for meta, span in asks
         ]
-        return curl_pool(self.config, _in_flight(self.config)).get(gets)
+        try:
+            return curl_pool(self.config, _in_flight(self.config)).get(gets)
+        except PoolClosedError as error:
+            return [PassingError("reset", str(error)) for _ in gets]
 
     def _checked(self, outcome: Outcome, ask: Ask) -> bytes:
         """The body of an answer that is what was listed.
@@ -183,6 +188,8 @@ class DirectReader:
             raise RefusalError(outcome)
         if outcome.object_bytes is not None and outcome.object_bytes != meta.size_bytes:
             raise self._stale(meta, f"{outcome.object_bytes:,} bytes")
+        if span is not None and outcome.span not in (None, span):
+            raise PassingError("truncated", f"bytes {outcome.span} instead of {span}")
         body = outcome.body
         expected_bytes = meta.size_bytes if span is None else span[1] - span[0]
         if len(body) != expected_bytes:

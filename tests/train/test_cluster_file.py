@@ -181,12 +181,16 @@ def test_a_field_that_google_does_not_know_is_found() -> None:
         ({"project": PROJECT, "zone": "us-central1"}, "us-central1"),
         ({"project": PROJECT, "zone": ZONE, "gpu_workers": 0}, "got 0"),
         ({"project": PROJECT, "zone": ZONE, "data_workers": 5, "most_data_workers": 3}, "got 3"),
-        ({"project": PROJECT, "zone": ZONE, "source": "a: b"}, "a: b"),
     ],
 )
 def test_what_cannot_be_filled_in_is_refused(fields: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigError, match=found):
         ClusterConfig(**fields)
+
+
+@pytest.mark.parametrize("source", ["~", "- x", "a: b # c", "back\\slash"])
+def test_a_folder_of_whatever_name_is_kept_as_it_is(source: str) -> None:
+    assert cluster(source=source)["file_mounts"]["/home/ray/voxflux"] == source
 
 
 def test_the_command_prints_a_file_that_ray_loads(capsys: pytest.CaptureFixture[str]) -> None:

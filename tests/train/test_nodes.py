@@ -88,31 +88,31 @@ def test_files_that_a_node_does_not_see_are_refused_and_the_node_named(files, tm
     with pytest.raises(
         ConfigError, match=r"expected the images in .* all 2 nodes, found nothing .* on 1 .*10\.0\.0\.2;"
     ):
-        check_visible(recipe(), files, "gs://runs/x", [GPU_NODE, DATA_NODE], seen_by("2"))
+        check_visible(recipe(), [files], "gs://runs/x", [GPU_NODE, DATA_NODE], seen_by("2"))
 
 
 def test_files_that_all_nodes_see_are_taken(files, tmp_path):
-    check_visible(recipe(), files, str(tmp_path / "run"), [GPU_NODE, DATA_NODE], seen_by())
+    check_visible(recipe(), [files], str(tmp_path / "run"), [GPU_NODE, DATA_NODE], seen_by())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_that_a_node_does_not_see_is_refused(files, tmp_path):
     bucket = dataclasses.replace(files, images_uri="gs://b/images/", labels_uri="gs://b/labels/")
     with pytest.raises(ConfigError, match="what is written to --run-dir"):
-        check_visible(recipe(), bucket, str(tmp_path / "run"), [GPU_NODE, DATA_NODE], seen_by("2"))
-    check_visible(recipe(), bucket, "gs://runs/x", [GPU_NODE, DATA_NODE], seen_by("1", "2"))
+        check_visible(recipe(), [bucket], str(tmp_path / "run"), [GPU_NODE, DATA_NODE], seen_by("2"))
+    check_visible(recipe(), [bucket], "gs://runs/x", [GPU_NODE, DATA_NODE], seen_by("1", "2"))
 
 
 def test_a_node_without_cpus_need_not_see_the_files(files, tmp_path):
     head = node("9", 0)
-    check_visible(recipe(), files, str(tmp_path / "run"), [head, DATA_NODE], seen_by("9"))
+    check_visible(recipe(), [files], str(tmp_path / "run"), [head, DATA_NODE], seen_by("9"))
 
 
 def test_nothing_is_asked_of_a_single_node(files, tmp_path):
     def never(nodes, paths):
         raise AssertionError(f"asked {nodes} for {paths}")
 
-    check_visible(recipe(), files, str(tmp_path / "run"), [DATA_NODE], never)
+    check_visible(recipe(), [files], str(tmp_path / "run"), [DATA_NODE], never)
 
 
 def test_the_first_case_is_what_is_looked_for(files, tmp_path):
@@ -122,5 +122,5 @@ def test_the_first_case_is_what_is_looked_for(files, tmp_path):
         asked.extend(paths)
         return {node.node_id: missing(paths) for node in nodes}
 
-    check_visible(recipe(), files, "gs://runs/x", [GPU_NODE, DATA_NODE], look)
+    check_visible(recipe(), [files], "gs://runs/x", [GPU_NODE, DATA_NODE], look)
     assert asked == [f"{tmp_path}/images/case_00000_x.npy", f"{tmp_path}/labels/case_00000_y.npy"]
