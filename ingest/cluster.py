@@ -36,6 +36,8 @@ def connected_ray() -> Iterator[bool]:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # What workers print, progress bars above all, would bury the run's own lines, in a job's log too.
     ray.init(
+        # Without "local" Ray would join whatever cluster was started last on this machine.
+        address="local" if here else None,
         include_dashboard=False if here else None,
         log_to_driver=False,
         logging_level=logging.ERROR,
