@@ -21,10 +21,12 @@ from ingest.stores.curl import Answer, CurlPool, Get, PoolClosedError
 from ingest.stores.gcs_clients import curl_pool
 from ingest.stores.retry import PassingError
 
+from .web_server import WebServer
+
 Answering = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 
-class Server:
+class Server(WebServer):
     """A web server of ours: what `answering` does, and how many requests it met, at most at a time."""
 
     def __init__(self, answering: Answering, tls: ssl.SSLContext | None = None) -> None:
@@ -49,21 +51,7 @@ class Server:
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.server_address[1]}"
-        if tls:
-            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
-        self._thread = threading.Thread(target=self._server.serve_forever)
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__(Handler, tls)
 
 
 def say(handler: http.server.BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:

@@ -22,20 +22,20 @@ from ingest.stores.gcs_clients import authorization, curl_pool, object_url
 from .work import Epoch, Tensors, Work, bucket_and_prefix
 
 CHUNK_BATCHES = 8
-GREATEST_BYTES = 2**40
 
 
 @contextlib.contextmanager
 def opened(work: Work) -> Iterator[Epoch]:
     """Many GETs by libcurl whose bytes are dropped; then the transforms of pairs in memory, again and again."""
     names = work.names()
+    stores = [open_store(uri) for uri in (work.images, work.labels)]
+    listed = [{meta.name: meta for meta in store.list()} for store in stores]
     wanted = [
-        [object_url(*_bucket_and_key(uri, name), generation=None) for name in part]
-        for uri, part in zip((work.images, work.labels), names, strict=True)
+        [(object_url(*_bucket_and_key(uri, name), generation=None), metas[name].size_bytes) for name in part]
+        for uri, part, metas in zip((work.images, work.labels), names, listed, strict=True)
     ]
-    store = [open_store(uri) for uri in (work.images, work.labels)]
     # 64 pairs in memory, so that caches are no warmer than they are with real ones.
-    bodies = [part.fetch([meta for meta, _ in zip(part.list(), range(64), strict=False)]) for part in store]
+    bodies = [store.fetch(list(metas.values())[:64]) for store, metas in zip(stores, listed, strict=True)]
     arrays = [[_array_of(body) for body in part] for part in bodies]
 
     connections = curl_pool(StoreConfig(), work.in_flight)
@@ -45,10 +45,11 @@ def opened(work: Work) -> Iterator[Epoch]:
         # A few batches at a time, so that an epoch that is broken off has made samples of what it fetched.
         for start in range(0, len(order), CHUNK_BATCHES * work.batch):
             some = order[start : start + CHUNK_BATCHES * work.batch]
+            headers = authorization()
             each = [
-                Get(part[index], expected_bytes=GREATEST_BYTES, headers=authorization())
+                Get(url, expected_bytes, headers)
                 for index in some
-                for part in wanted
+                for url, expected_bytes in (part[index] for part in wanted)
             ]
             for outcome in connections.get(each):
                 if not isinstance(outcome, Answer) or outcome.status != 200:

@@ -1,7 +1,6 @@
-"""Many GETs at once on one thread, by libcurl: a fifth of the CPU time that obstore's sync calls on threads take.
+"""Many GETs at once on one thread, by libcurl: a third of the CPU time that obstore's sync calls on threads take.
 
-Measured by `python -m benchmarks throughput --loaders floor torch-obstore`: what `floor` spends on its requests against
-what the other does.
+Measured with 2,400 pairs of 160 KB from the embedded server, 16 in flight: 0.18 ms of client CPU a pair against 0.61.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ _ERROR_TEXT_BYTES = 64 * 1024  # an answer may be so long whatever was expected:
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _EVENTS = {pycurl.POLL_IN: _READ, pycurl.POLL_OUT: _WRITE, pycurl.POLL_INOUT: _READ | _WRITE}
 _REFUSED = frozenset({pycurl.E_COULDNT_CONNECT, pycurl.E_COULDNT_RESOLVE_HOST})
-_UNTRUSTED = frozenset({pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CACERT_BADFILE, pycurl.E_COULDNT_RESOLVE_PROXY})
+# As little to be had as a server that takes no connection, but libcurl's text says why.
+_EXPLAINED = frozenset({pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CACERT_BADFILE, pycurl.E_COULDNT_RESOLVE_PROXY})
 _NOT_ALLOWED = frozenset({401, 403})
 _HOPELESS = frozenset({"refused", "timeout"})  # for the rest of a batch too: its caller is to hear of it
 
@@ -151,7 +151,7 @@ class _Transfer:
         if code in _REFUSED and self.handle.getinfo(pycurl.HTTP_CONNECTCODE) in (0, 200):
             server = urlsplit(self.batch.gets[self.position].url).netloc
             return PassingError("refused", f"{server} takes no connection")
-        if code in _REFUSED or code in _UNTRUSTED:  # by a proxy, or by ourselves: the text says why
+        if code in _REFUSED or code in _EXPLAINED:  # by a proxy, or by ourselves
             return PassingError("refused", text)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             return PassingError("timeout", text)

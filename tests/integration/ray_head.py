@@ -21,10 +21,11 @@ from tests.integration.test_resume import alive, descendants
 
 
 class Head(NamedTuple):
-    """A running head: its dashboard's address, and the environment that holds its token."""
+    """A running head: its dashboard's address, the environment that holds its token, and where clusters are joined."""
 
     address: str
     env: dict[str, str]
+    gcs: str
 
 
 @contextlib.contextmanager
@@ -60,7 +61,7 @@ def ray_head(folder: Path, cpus: int = 4) -> Iterator[Head]:
         head = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
         wait_for_dashboard(head, address, folder / "head.log")
-        yield Head(address, env)
+        yield Head(address, env, f"127.0.0.1:{ports['port']}")
     finally:
         end(head)
         shutil.rmtree(sessions, ignore_errors=True)

@@ -3,6 +3,7 @@
 A script of its own, run by the test beside it: Ray connects a process to one cluster only.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -10,11 +11,14 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import ray
 import ray.data
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors, list_tasks
 from rich.console import Console
 
@@ -63,12 +67,20 @@ def refusal_of(recipe: Recipe) -> dict[str, object]:
     return {"refused": None, "seconds": time.monotonic() - started}
 
 
-@ray.remote(num_cpus=1, label_selector=DATA_WORKERS)
+@ray.remote(num_cpus=1)
 class Holder:
-    """Holds a data node's CPU."""
+    """Holds CPUs of the node that it is put on."""
 
     def ready(self) -> bool:
         return True
+
+
+@contextlib.contextmanager
+def holding(*holders: Any) -> Iterator[None]:
+    ray.get([holder.ready.remote() for holder in holders])
+    yield
+    for holder in holders:
+        ray.kill(holder)
 
 
 def where() -> dict[str, list[str]]:
@@ -130,11 +142,11 @@ def main(gs: str, local: str, run_root: str, large: str) -> None:
     found["nodes"] = where()
     found["on_files"] = outcome_of(recipe(local, f"{run_root}on-files"))
     found["memory"] = memory_of(large)
-    holders = [Holder.remote() for _ in data]
-    ray.get([holder.ready.remote() for holder in holders])
-    found["held"] = refusal_of(recipe(gs, f"{run_root}held"))
-    for holder in holders:
-        ray.kill(holder)
+    with holding(*[Holder.options(label_selector=DATA_WORKERS).remote() for _ in data]):
+        found["held"] = refusal_of(recipe(gs, f"{run_root}held"))
+    here = NodeAffinitySchedulingStrategy(gpu.node_id, soft=False)
+    with holding(Holder.options(num_cpus=3, scheduling_strategy=here).remote()):
+        found["scattered"] = refusal_of(recipe(gs, f"{run_root}scattered"))
     mine = recipe(gs, f"{run_root}no-accelerator")
     trainer = dataclasses.replace(mine.trainer, resources_per_worker={"accelerator": 2.0})
     found["too_few"] = refusal_of(dataclasses.replace(mine, trainer=trainer))

@@ -55,6 +55,30 @@ def test_a_demo_runs_as_a_job_to_its_end_and_is_asked_after(head):
     assert "found a job first; choose another" in printed
 
 
+def test_a_command_beside_a_cluster_starts_a_ray_of_its_own_unless_it_is_told_of_the_cluster(head):
+    script = "import ray; from ingest.cluster import connected_ray\n"
+    script += "with connected_ray() as here: print(here, ray.get_runtime_context().gcs_address)"
+    # What `ray start` leaves for others to find, at the place where it leaves it by itself.
+    found = Path("/tmp/ray/ray_current_cluster")
+    before = found.read_text() if found.exists() else None
+    found.parent.mkdir(exist_ok=True)
+    found.write_text(head.gcs)
+    try:
+        printed = [
+            subprocess.run(
+                [sys.executable, "-c", script], env=head.env | told, capture_output=True, text=True, timeout=100
+            ).stdout.splitlines()[-1]
+            for told in ({}, {"RAY_ADDRESS": head.gcs})
+        ]
+    finally:
+        found.unlink() if before is None else found.write_text(before)
+    port = head.gcs.partition(":")[2]  # Ray says another address of this machine
+    assert printed[0].startswith("True ")
+    assert not printed[0].endswith(f":{port}")
+    assert printed[1].startswith("False ")
+    assert printed[1].endswith(f":{port}")
+
+
 def test_a_cluster_with_a_token_refuses_another_one(head, tmp_path):
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)

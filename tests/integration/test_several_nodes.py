@@ -57,6 +57,11 @@ def test_data_nodes_without_a_free_cpu_are_an_error_within_ten_seconds(found):
     assert found["held"]["seconds"] < 10
 
 
+def test_free_cpus_that_lie_where_no_rank_can_go_are_not_counted_on(found):
+    assert "expected 2 free places for ranks with 1 CPU and 1 accelerator, found 1" in found["scattered"]["refused"]
+    assert found["scattered"]["seconds"] < 10
+
+
 def test_ranks_that_no_node_has_room_for_are_an_error_within_ten_seconds(found):
     assert "expected 2 accelerator for each of 2 ranks, found enough for 1" in found["too_few"]["refused"]
     assert found["too_few"]["seconds"] < 10

@@ -6,10 +6,11 @@ import dataclasses
 import http.server
 import json
 import ssl
-import threading
 from typing import Any
 
 import trustme
+
+from tests.web_server import WebServer
 
 PROJECT = "my-project-123"
 ACCOUNT = f"ray-autoscaler-sa-v1@{PROJECT}.iam.gserviceaccount.com"
@@ -25,7 +26,7 @@ class Call:
     body: Any
 
 
-class FakeCloud:
+class FakeCloud(WebServer):
     """A project without anything in it. Used as a context manager; `env` leads Google's client to it."""
 
     def __init__(self, folder: str) -> None:
@@ -34,24 +35,13 @@ class FakeCloud:
         self._authority.cert_pem.write_to_path(f"{folder}/authority.pem")
         self._folder = folder
         self._account: dict[str, str] | None = None
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever)
-
-    def __enter__(self) -> FakeCloud:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__(_handler_of(self))
 
     @property
     def env(self) -> dict[str, str]:
         """Environment variables of httplib2, Google's client's own HTTP library."""
         return {
-            "https_proxy": f"http://127.0.0.1:{self._server.server_address[1]}",
+            "https_proxy": self.url,
             "no_proxy": "nothing.invalid",
             "HTTPLIB2_CA_CERTS": f"{self._folder}/authority.pem",
         }

@@ -91,6 +91,12 @@ def test_files_that_a_node_does_not_see_are_refused_and_the_node_named(files, tm
         check_visible(recipe(), [files], "gs://runs/x", [GPU_NODE, DATA_NODE], seen_by("2"))
 
 
+def test_held_out_files_that_a_node_does_not_see_are_refused_too(files):
+    bucket = dataclasses.replace(files, images_uri="gs://b/images/", labels_uri="gs://b/labels/")
+    with pytest.raises(ConfigError, match=r"expected the images in .* found nothing .* on 1"):
+        check_visible(recipe(), [bucket, files], "gs://runs/x", [GPU_NODE, DATA_NODE], seen_by("2"))
+
+
 def test_files_that_all_nodes_see_are_taken(files, tmp_path):
     check_visible(recipe(), [files], str(tmp_path / "run"), [GPU_NODE, DATA_NODE], seen_by())
     assert not (tmp_path / "run").exists()
