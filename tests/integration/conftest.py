@@ -31,6 +31,7 @@ def ray_here(gcs_server: EmbeddedServer) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, from third parties it imports
         ray.init(
+            address="local",  # not whatever cluster another process has running on this machine
             num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
