@@ -79,6 +79,23 @@ def test_a_command_beside_a_cluster_starts_a_ray_of_its_own_unless_it_is_told_of
     assert printed[1].endswith(f":{port}")
 
 
+def test_workers_keep_freed_memory_unless_the_user_tunes_the_allocator(head):
+    script = "import os, ray; from ingest.cluster import connected_ray\n"
+    script += "with connected_ray(): print(ray.get(ray.remote(os.getenv).remote('GLIBC_TUNABLES')))"
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=head.env | {"RAY_ADDRESS": head.gcs} | told,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        ).stdout.splitlines()[-1]
+        for told in ({}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"})
+    ]
+    assert "glibc.malloc.trim_threshold=1073741824" in printed[0]
+    assert printed[1] == "glibc.malloc.arena_max=4"
+
+
 def test_a_cluster_with_a_token_refuses_another_one(head, tmp_path):
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
