@@ -81,6 +81,23 @@ class Manifest:
             table = table.append_column(field, column)
         return dataclasses.replace(self, table=table)
 
+    def with_generations(self, listed: Manifest) -> Manifest:
+        """The same cases, by checksum, with the generations of a later listing.
+
+        Raises:
+            ManifestError: the listing has other cases, or other bytes in one.
+        """
+        same = [field.name for field in SCHEMA if not field.name.endswith("_generation")]
+        if not self.table.select(same).equals(listed.table.select(same)):
+            raise ManifestError(
+                f"expected the {len(self)} cases in {self.images_uri} with the bytes that they had, found other ones "
+                f"among the {len(listed)} there now; put them back, or begin a new run"
+            )
+        table = self.table
+        for name in ("image_generation", "label_generation"):
+            table = table.set_column(table.column_names.index(name), SCHEMA.field(name), listed.table[name])
+        return dataclasses.replace(self, table=table)
+
     def case_bytes(self) -> npt.NDArray[np.int64]:
         """Bytes of image and label together, (N,) int64, by index."""
         sizes: npt.NDArray[np.int64] = self.table["image_bytes"].to_numpy() + self.table["label_bytes"].to_numpy()

@@ -135,3 +135,13 @@ def test_a_manifest_that_is_not_there_is_named(tmp_path):
 def test_the_uri_of_a_folder_is_no_manifest():
     with pytest.raises(ManifestError, match="expected the URI of a manifest"):
         Manifest.load("gs://bucket/folder/")
+
+
+def test_a_later_listing_gives_its_generations_to_the_same_cases_and_no_others():
+    before = manifest("a", "b")
+    cases = [case(k, generation=8) for k in ("a", "b")]
+    later = Manifest.from_cases(cases, images_uri="gs://b/i/", labels_uri="gs://b/l/")
+    assert before.with_generations(later).table.equals(later.table)
+    for other in ([cases[0]], [*cases, case("c")], [cases[0], case("b", crc32c=1)], [cases[0], case("c")]):
+        with pytest.raises(ManifestError, match="found other ones"):
+            before.with_generations(Manifest.from_cases(other, images_uri="gs://b/i/", labels_uri="gs://b/l/"))

@@ -84,6 +84,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
     preflight.check_space(recipe, run_dir)
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
+        served = not recipe.data.images and not recipe.data.manifest
         recipe = stack.enter_context(data_of(recipe, console))
         composed: list[str] = []
         store = dataclasses.replace(recipe.data.store, run_id=recipe.data.store.run_id or uuid.uuid4().hex)
@@ -95,7 +96,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         recipe = with_readers(recipe, nodes)
         use_gpu = preflight.check_cluster(recipe, nodes)
         before_s = time.perf_counter()
-        manifest, recipe = open_data(recipe, f"{run_dir}/{MANIFEST_FILE}" if resumed else None, console)
+        of_run = f"{run_dir}/{MANIFEST_FILE}" if resumed else None
+        manifest, recipe = open_data(recipe, of_run, console, served=served)
         listing_s = time.perf_counter() - before_s
         split = split_of(recipe.data, manifest, run_dir if resumed else None)
         train, held_out = split.train, split.held_out
@@ -302,13 +304,17 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def open_data(recipe: Recipe, of_run: str | None, console: Console) -> tuple[Manifest, Recipe]:
+def open_data(recipe: Recipe, of_run: str | None, console: Console, *, served: bool = False) -> tuple[Manifest, Recipe]:
     """The manifest, loaded or made, and the recipe with its transport resolved.
 
     Args:
         recipe: names the data.
         of_run: the manifest of the run that is gone on with, so that every case keeps its index.
         console: is told of the transport.
+        served: by an embedded server of this run's own, which gives its objects new generations at each start.
+
+    Raises:
+        ManifestError: the saved manifest cannot be read, or a demo's cases are not those that the run began with.
     """
     data = recipe.data if of_run is None else dataclasses.replace(recipe.data, manifest=of_run)
     if data.manifest:
@@ -322,6 +328,9 @@ def open_data(recipe: Recipe, of_run: str | None, console: Console) -> tuple[Man
                     f"expected {role} at {given}, found a manifest of {found}; leave --data.{role} out, or "
                     "make a manifest of these URIs with `python -m ingest index`"
                 )
+        if served:
+            listed = index_cases(manifest.images_uri, manifest.labels_uri, data.store, data.pairing).manifest
+            manifest = manifest.with_generations(listed)
     else:
         manifest = index_cases(data.images, data.labels, data.store, data.pairing).manifest
     return manifest, dataclasses.replace(recipe, data=resolve(data, manifest, console))
