@@ -112,7 +112,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         if not resumed:
             manifest.save(f"{run_dir}/{MANIFEST_FILE}")
             save_held_out(run_dir, split)
-            open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
+        # Also of a run that goes on: with more epochs, say; what must be as it was has been checked.
+        open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
         bad = recipe.data.bad
         quarantine = start_quarantine(run_dir, bad, len(manifest)) if bad.quarantines else None
         monitor = start_monitor(run_dir, tensorboard=recipe.trainer.tensorboard)

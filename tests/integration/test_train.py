@@ -166,6 +166,8 @@ def test_a_run_is_kept_in_a_bucket_and_gone_on_with_there(places, bucket):
     trainer = dataclasses.replace(recipe.trainer, resume=run_dir, epochs=2)
     second = run(dataclasses.replace(recipe, trainer=trainer), "tiny", quiet())
     assert [row["step"] for row in second.rows] == [13, 26]
+    saved = json.loads(open_store(run_dir).fetch([e for e in open_store(run_dir).list() if e.name == "recipe.json"])[0])
+    assert saved["trainer"]["epochs"] == 2
     names = {entry.name.split("/")[-1] for entry in open_store(run_dir).list()}
     assert {"state.pt", "latest.json", "metrics.json", "manifest.parquet", "recipe.json", "report.html"} <= names
     assert [event.kind for event in read_events(run_dir)] == ["start", "end", "start", "end"]
