@@ -15,7 +15,8 @@ PASSED_ON = ("STORAGE_EMULATOR_HOST",)  # workers of a running cluster do not in
 # A worker frees and takes the same buffers for every chunk and block. glibc gives them back to the kernel each time,
 # which zeroes them again page by page; so told, it keeps them, in huge pages where the kernel has these on request.
 # Buffers of over 32 MB, the most that glibc takes for a threshold, still go back. Names: the glibc manual, "Memory
-# Allocation Tunables"; other C libraries ignore the variable. It gave 8 % of the CPU time of a sample (README).
+# Allocation Tunables"; other C libraries ignore the variable. It gave a tenth of the CPU time of a sample that is read
+# from local files (README).
 TUNED = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1073741824"
     ":glibc.malloc.mmap_threshold=33554432"
