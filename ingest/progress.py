@@ -88,7 +88,7 @@ class EpochRecorder:
         self._steps = before.steps if before is not None and mine else 0
 
     def add(self, indices: Indices, loss: float) -> None:
-        """Record one step; `loss` is the sum of its cases' losses.
+        """Record one step; `loss` is the sum of its cases' losses. The indices are copied, since they view a block.
 
         Raises:
             RuntimeError: a case was trained on already in this epoch.
@@ -100,7 +100,7 @@ class EpochRecorder:
                 "the data were planned from is not the one that the model was restored from; report this with the log"
             )
         self._seen[indices] = True
-        self._indices.append(indices)
+        self._indices.append(indices.copy())  # a view would keep its block in the object store for the whole epoch
         self._loss_sum += loss
         self._steps += 1
 

@@ -47,3 +47,12 @@ def test_a_case_that_comes_again_is_refused(again):
     recorder = EpochRecorder(3, 10, EpochPart(3, indices(7, 8)))
     with pytest.raises(RuntimeError, match="expected each case once in epoch 3"):
         recorder.add(again, 0.0)
+
+
+def test_what_was_trained_on_is_recorded_without_holding_on_to_its_block():
+    block = np.arange(100, dtype=np.int64)
+    recorder = EpochRecorder(0, 100)
+    for start in range(0, 100, 10):
+        recorder.add(block[start : start + 10], 0.0)
+    block[:] = -1  # as if its memory held something else by now
+    assert recorder.part().indices.tolist() == list(range(100))
