@@ -92,7 +92,8 @@ class TrainerConfig:
     """Write TensorBoard logs under RUN_DIR/tensorboard."""
 
     channels_last: bool = True
-    """Keep channels innermost in memory: the same numbers but for rounding, and faster on CPUs and tensor cores."""
+    """Keep channels innermost in memory: the same numbers but for rounding, and faster on CPUs and tensor cores. Not
+    done on CPUs in half precision, where torch's gradients cannot be trusted in this layout."""
 
     deterministic: bool = False
     """Use deterministic algorithms only: a run repeated on the same machine ends in the same weights."""

@@ -125,7 +125,8 @@ class RankLoop:
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(self.recipe.data.seed)
         self.network = UNet3D(self.recipe.model)
-        self.network.to(memory_format=memory_format(self.recipe))  # type: ignore[call-overload]  # torch's stub lacks it
+        layout = memory_format(self.recipe, self.device)
+        self.network.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
         self.take_step = TrainStep(self.network, ray.train.torch.prepare_model(self.network), self.recipe, self.device)
         self.step_cases = trainer.step_batch * self.world_size
         bad = job.bad_cases()

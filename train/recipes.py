@@ -31,6 +31,9 @@ DEMO = Recipe(
 )
 
 # 2 mm: MNI152's field of view is 108 voxels of it an axis. A patch sees two thirds of a brain's width.
+# One window as wide as the volume is `--roi 112 112 112`: 108 is no multiple of the network's stride of 16. On the one
+# held-out case tried, after 7 epochs, it gave 0.75 of grey and 0.83 of white matter, where windows of the patch's size
+# gave 0.91 and 0.91. Likely since instance norm averages over the window, which has more background than patches have.
 DEMO_QUALITY = Recipe(
     data=DataConfig(
         crop=CropConfig(patch=(64, 64, 64)),

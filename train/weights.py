@@ -17,6 +17,7 @@ from ingest.stores import ObjectMeta, Store, open_store
 from .best import BEST_FILE
 from .checkpoint import LATEST_FILE, STATE_FILE
 from .config import Recipe, from_json
+from .step import memory_format
 from .unet3d import UNet3D
 
 
@@ -43,7 +44,7 @@ class Trained:
         """The network, ready for inference, in the memory layout that the run scored it in."""
         network = UNet3D(self.recipe.model)
         network.load_state_dict(self.weights)
-        layout = torch.channels_last_3d if self.recipe.trainer.channels_last else torch.contiguous_format
+        layout = memory_format(self.recipe, device)
         network.to(device)
         network.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
         return network.eval()

@@ -22,6 +22,7 @@ from ingest.stores import StoreConfig, open_store
 from ingest.unwrap import own_error
 
 from .evaluate import Shape, SlidingWindowConfig, sliding_window_logits
+from .unet3d import total_stride
 from .validate import score_rows
 from .weights import Trained
 
@@ -71,9 +72,17 @@ class WorkersConfig:
             ConfigError: they cannot work.
         """
         given = {name: getattr(self, name) for name in ("roi", "overlap", "window_batch")}
-        return dataclasses.replace(
+        window = dataclasses.replace(
             trained.recipe.window, **{name: value for name, value in given.items() if value is not None}
         )
+        stride = total_stride(trained.recipe.model)
+        if any(length % stride for length in window.roi):
+            wider = " ".join(str(-(-length // stride) * stride) for length in window.roi)
+            raise ConfigError(
+                f"expected a window (D, H, W) of multiples of {stride} voxels, as the network of {trained.uri} halves "
+                f"it, found --roi {' '.join(map(str, window.roi))}; give --roi {wider}: volumes are padded up to it"
+            )
+        return window
 
     def threads(self, trained: Trained) -> int:
         """Compute threads of a worker: a rank's own, so that sums round as they did when the run scored."""

@@ -21,6 +21,8 @@ CASES = {
     "odd spacings": ((13, 23, 19), (2.9, 0.83, 0.71), (23, 15, 11)),
     "just below a whole number": ((9, 13, 17), (3.0, 1.1, 2.05), (16, 11, 29)),  # 16.875, 11.917, 29.04
     "one axis enlarged, one as it is, one shrunk": ((7, 18, 33), (4.1, 1.2, 0.41), (17, 18, 11)),
+    # 0.9 / 1.2 * 16 is 12, but not with the header's float32; 0.6 / 1.2 * 20 stays 10.
+    "just below a whole number by the header's rounding": ((11, 16, 20), (3.2, 0.9, 0.6), (22, 11, 10)),
     "no resampling": ((12, 10, 21), TARGET, (12, 10, 21)),
 }
 LEAST = (20, 17, 24)

@@ -4,7 +4,9 @@ import dataclasses
 import gzip
 import io
 import json
-import threading
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +14,11 @@ import nibabel
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
+import ray.data
 import ray.train
 import torch
+import torch.distributed
 
 from ingest.errors import ConfigError, DecodeError, PairingError
 from ingest.geometry import to_json
@@ -26,11 +31,12 @@ from train import checkpoint
 from train.__main__ import main
 from train.audit import audit
 from train.best import BEST_FILE
-from train.evaluate import SlidingWindowConfig
+from train.evaluate import SlidingWindowConfig, score_case
 from train.inference import EvaluateConfig, PredictConfig, evaluate, predict
 from train.launch import Outcome, run
 from train.unet3d import UNet3D, UNet3DConfig
-from train.validate import HELD_OUT, Holdout, RankData, merge, score_rows
+from train.validate import HELD_OUT, Holdout, RankData, Scores
+from train.validate import evaluate as evaluate_held_out
 from train.weights import load_trained
 from train.workers import WorkersConfig
 
@@ -38,6 +44,7 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 
 AFFINE = np.array([[0.0, 0, -1.2, 30], [0, 1.2, 0, -40], [1.6, 0, 0, 7], [0, 0, 0, 1]])
 HALF = WorkersConfig(cpus_per_worker=0.5, use_gpu=False)
+WINDOW = SlidingWindowConfig(roi=(8, 8, 8), overlap=0.25)
 
 
 class Trained(NamedTuple):
@@ -59,14 +66,6 @@ def trained(places, gcs_server, tmp_path_factory) -> Trained:
     recipe = tiny(places.local, tmp_path_factory.mktemp("runs") / "run", **until)
     data = dataclasses.replace(recipe.data, eval_images=images, eval_labels=labels)
     return Trained(run(dataclasses.replace(recipe, data=data), "tiny", quiet()), images, labels)
-
-
-def numpy_dice(prediction: np.ndarray, label: np.ndarray) -> list[float]:
-    scores = []
-    for value in (1, 2):
-        p, g = prediction == value, label == value
-        scores.append((2 * np.count_nonzero(p & g) + 1e-6) / (np.count_nonzero(p) + np.count_nonzero(g) + 1e-6))
-    return scores
 
 
 def arrays(uri: str) -> dict[str, np.ndarray]:
@@ -98,7 +97,7 @@ def test_evaluate_gives_exactly_the_dice_that_training_reported(trained, tmp_pat
     assert pq.read_table(output).equals(pq.read_table(run_dir / "scores" / "epoch-00001.parquet"))
 
 
-def test_predict_then_a_dice_of_ones_own_gives_what_training_reported(trained, bucket):
+def test_predict_then_a_separate_script_gives_the_dice_that_training_reported(trained, bucket, tmp_path):
     reported = trained.outcome.rows[1]["mean_dice"]
     output = f"gs://{bucket}/maps"
     config = PredictConfig(checkpoint=trained.outcome.run_dir, images=trained.images, output=output, workers=HALF)
@@ -107,8 +106,14 @@ def test_predict_then_a_dice_of_ones_own_gives_what_training_reported(trained, b
     maps, labels = arrays(output), arrays(trained.labels)
     assert maps.keys() == labels.keys()
     assert all(maps[name].dtype == np.uint8 and maps[name].shape == labels[name].shape for name in labels)
-    mean = np.mean([numpy_dice(maps[name], labels[name]) for name in sorted(labels)])
-    assert mean == pytest.approx(reported, abs=1e-12)
+    for folder, files in (("maps", maps), ("labels", labels)):
+        (tmp_path / folder).mkdir()
+        for name, array in files.items():
+            np.save(tmp_path / folder / name, array)
+    script = [sys.executable, Path(__file__).with_name("dice_of_maps.py"), tmp_path / "maps", tmp_path / "labels"]
+    said = subprocess.run(script, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+    assert said[0] == "42"
+    assert float(said[1]) == pytest.approx(reported, abs=1e-12)
     store = open_store(output)
     (entry,) = [entry for entry in store.list() if entry.name.endswith(".nii.gz")]
     image = nibabel.Nifti1Image.from_bytes(gzip.decompress(store.fetch([entry])[0]))
@@ -116,34 +121,69 @@ def test_predict_then_a_dice_of_ones_own_gives_what_training_reported(trained, b
     np.testing.assert_array_equal(np.asarray(image.dataobj), maps["case_00003_y.npy"][0])
 
 
-def test_42_cases_on_1_2_and_3_ranks_have_the_same_mean(trained):
+def scores_on(ranks: int, network: UNet3D, holdout: Holdout, meeting: Path) -> list[tuple[Scores, int]]:
+    """What each of so many processes says, and how many of the cases it was dealt."""
+    parts = RankData().configure({HELD_OUT: holdout.dataset()}, ranks, None, None)
+
+    def score(rank: int, part: ray.data.DataIterator) -> tuple[Scores, int]:
+        class Counted:
+            """Counts the cases that a rank is dealt."""
+
+            cases = 0
+
+            def iter_batches(self, **options):
+                for table in part.iter_batches(**options):
+                    self.cases += len(table)
+                    yield table
+
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+        try:
+            for buffer in network.buffers():
+                buffer.add_(rank)  # each has seen batches of its own; what counts is rank 0's
+            mine = Counted()
+            scores = evaluate_held_out(network, holdout, WINDOW, mine, torch.device("cpu"))
+            return scores, mine.cases
+        finally:
+            torch.distributed.destroy_process_group()
+
+    remote = ray.remote(num_cpus=0.5)(score)
+    return ray.get([remote.remote(rank, part[HELD_OUT]) for rank, part in enumerate(parts)], timeout=120)
+
+
+def test_42_cases_on_1_2_and_3_ranks_have_the_same_mean_which_is_that_of_each_case_scored_alone(trained, tmp_path):
     torch.manual_seed(0)
-    network = UNet3D(UNet3DConfig(filters=(4, 8), bottleneck=8)).eval()
-    window = SlidingWindowConfig(roi=(8, 8, 8), overlap=0.25)
+    network = UNet3D(UNet3DConfig(filters=(4, 8), bottleneck=8, norm="batchnorm")).eval()
+    images, labels = arrays(trained.images), arrays(trained.labels)
+    alone = [
+        score_case(network, torch.from_numpy(images[name]), torch.from_numpy(labels[name.replace("_x", "_y")]), WINDOW)
+        for name in sorted(images)
+    ]
+    assert len(alone) == 42
     cases = index_cases(trained.images, trained.labels).manifest
     data = DataConfig(store=StoreConfig(transport="direct"), task_cpus=0.5)
     holdout = Holdout(cases, np.arange(100, 142), data)
-    means = []
     for ranks in (1, 2, 3):
-        parts = RankData().configure({HELD_OUT: holdout.dataset()}, ranks, None, None)
-        scored: list = [None] * ranks
-
-        def score(rank: int, parts=parts, scored=scored) -> None:
-            tables = parts[rank][HELD_OUT].iter_batches(batch_size=None, batch_format="pyarrow")
-            scored[rank] = score_rows(network, tables, data, window, torch.device("cpu"))
-
-        threads = [threading.Thread(target=score, args=(rank,)) for rank in range(ranks)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert all(len(part) > 42 // ranks // 2 for part in scored)
-        scores = merge(scored, 42)
+        said = scores_on(ranks, network, holdout, tmp_path / f"ranks-{ranks}")
+        scores = said[0][0]
+        assert all(other == scores for other, _ in said)
         assert [score.index for score in scores.by_case] == list(range(100, 142))
-        means.append(scores.mean_dice)
-    assert means[1] == pytest.approx(means[0], abs=1e-6)
-    assert means[2] == pytest.approx(means[0], abs=1e-6)
-    assert 0 < means[0] < 1
+        assert sum(dealt for _, dealt in said) == 42
+        assert all(dealt > 42 // ranks // 2 for _, dealt in said)
+        assert scores.mean_dice == pytest.approx(np.mean(alone), abs=1e-6)
+    assert 0 < scores.mean_dice < 1
+
+
+def test_held_out_cases_are_not_read_before_they_are_scored(tmp_path):
+    images, labels = f"{tmp_path}/images/", f"{tmp_path}/labels/"
+    make_cases(open_store(images), open_store(labels), 6, shape=(8, 8, 8))
+    holdout = Holdout(index_cases(images, labels).manifest, np.arange(6), DataConfig(task_cpus=0.5))
+    (tmp_path / "images").rename(tmp_path / "away")  # to read one now would fail
+    (part,) = RankData().configure({HELD_OUT: holdout.dataset()}, 1, None, None)
+    time.sleep(1)
+    (tmp_path / "away").rename(tmp_path / "images")
+    tables = part[HELD_OUT].iter_batches(batch_size=None, batch_format="pyarrow")
+    assert sorted(index for table in tables for index in table["index"].to_pylist()) == list(range(6))
 
 
 @pytest.mark.crash  # not for crashes: it starts two whole runs
@@ -219,6 +259,18 @@ def test_a_case_without_a_label_and_a_list_of_strangers_are_refused(trained, tmp
     strangers = EvaluateConfig(**given, images=trained.images, labels=trained.labels, cases="kits19-mlperf")
     with pytest.raises(ConfigError, match=r"expected each of its 42 cases in gs://held-out.*found 34 not among"):
         evaluate(strangers, quiet())
+
+
+def test_a_window_that_the_network_cannot_take_is_refused_before_anything_is_read(trained):
+    workers = dataclasses.replace(HALF, roi=(8, 10, 8))
+    checkpoint, images, labels = trained.outcome.run_dir, "gs://nowhere/images", "gs://nowhere/labels"
+    message = r"expected a window \(D, H, W\) of multiples of 4 voxels.*found --roi 8 10 8; give --roi 8 12 8"
+    with pytest.raises(ConfigError, match=message):
+        evaluate(
+            EvaluateConfig(checkpoint=trained.outcome.run_dir, images=images, labels=labels, workers=workers), quiet()
+        )
+    with pytest.raises(ConfigError, match=message):
+        predict(PredictConfig(checkpoint=checkpoint, images=images, output="x", workers=workers), quiet())
 
 
 def test_an_image_of_two_channels_is_refused_by_name(trained, tmp_path):

@@ -19,25 +19,45 @@ def example(
     return logits, label
 
 
-def published_loss(logits: npt.NDArray[np.float64], label: npt.NDArray[np.int64]) -> float:
-    """(mean(1 - Dice) + CE) / 2 in float64, loop by loop."""
-    n, k = logits.shape[:2]
+def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p = shifted / shifted.sum(axis=1, keepdims=True)
-    losses = []
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def published_dice(p: npt.NDArray[np.float64], label: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """(2 sum(p g) + 1e-6) / (sum(p) + sum(g) + 1e-6) of each sample and foreground class in float64, loop by loop."""
+    n, k = p.shape[:2]
+    scores = np.empty((n, k - 1))
     for i in range(n):
         for c in range(1, k):
             g = (label[i, 0] == c).astype(np.float64)
-            losses.append(1 - (2 * (p[i, c] * g).sum() + 1e-6) / (p[i, c].sum() + g.sum() + 1e-6))
+            scores[i, c - 1] = (2 * (p[i, c] * g).sum() + 1e-6) / (p[i, c].sum() + g.sum() + 1e-6)
+    return scores
+
+
+def published_loss(logits: npt.NDArray[np.float64], label: npt.NDArray[np.int64]) -> float:
+    """(mean(1 - Dice) + CE) / 2 in float64."""
+    p = softmax(logits)
     picked = np.take_along_axis(p, label, axis=1)
-    return float((np.mean(losses) - np.log(picked).mean()) / 2)
+    return float(((1 - published_dice(p, label)).mean() - np.log(picked).mean()) / 2)
 
 
+@pytest.mark.parametrize("shape", [(4, 5, 6), (32, 32, 32)], ids=["small", "the reference's patch"])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_loss_equals_the_published_formula(seed: int) -> None:
-    logits, label = example(seed)
+def test_the_loss_equals_the_published_formula(seed: int, shape: tuple[int, int, int]) -> None:
+    logits, label = example(seed, shape=shape)
     expected = published_loss(logits.double().numpy(), label.long().numpy())
     assert DiceCELoss()(logits, label).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_soft_dice_equals_the_published_formula_for_each_sample_and_class(classes: int) -> None:
+    logits, label = example(7, k=classes, shape=(16, 16, 16))
+    label[0][label[0] == 1] = 0  # absent from one sample's label
+    p = softmax(logits.double().numpy())
+    found = dice_score(torch.from_numpy(p).float(), label)
+    assert found.shape == (3, classes - 1)
+    np.testing.assert_allclose(found, published_dice(p, label.long().numpy()), rtol=0, atol=1e-6)
 
 
 def test_labels_of_either_dtype_give_the_same_loss() -> None:

@@ -45,8 +45,9 @@ def test_any_number_of_filters_has_the_number_of_parameters_of_the_formula(filte
     assert count == published_parameter_count(2, 4, list(filters), 10)
 
 
-def test_the_layers_are_the_published_ones_in_order() -> None:
-    model = UNet3D(UNet3DConfig())
+@pytest.mark.parametrize("norm", ["instancenorm", "batchnorm"])
+def test_the_layers_are_the_published_ones_in_order(norm: str) -> None:
+    model = UNet3D(UNet3DConfig(norm=norm))  # type: ignore[arg-type]
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv3d)]
     ups = [m for m in model.modules() if isinstance(m, nn.ConvTranspose3d)]
     shapes = [(m.in_channels, m.out_channels, m.stride[0]) for m in convolutions]
@@ -56,8 +57,10 @@ def test_the_layers_are_the_published_ones_in_order() -> None:
         *[(640, 320, 1), (320, 320, 1), (512, 256, 1), (256, 256, 1), (256, 128, 1), (128, 128, 1)],
         *[(128, 64, 1), (64, 64, 1), (64, 32, 1), (32, 32, 1), (32, 3, 1)],
     ]
+    norms = [m for m in model.modules() if isinstance(m, nn.InstanceNorm3d | nn.BatchNorm3d)]
+    assert [m.num_features for m in norms] == [channels for _, channels, _ in shapes[:-1]]
     assert [(m.in_channels, m.out_channels) for m in ups] == [(320, 320), (320, 256), (256, 128), (128, 64), (64, 32)]
-    assert all(m.kernel_size == (3, 3, 3) and m.bias is None for m in convolutions[:-1])
+    assert all(m.kernel_size == (3, 3, 3) and m.padding == (1, 1, 1) and m.bias is None for m in convolutions[:-1])
     assert convolutions[-1].kernel_size == (1, 1, 1)
     assert convolutions[-1].bias is not None
     assert all(m.kernel_size == m.stride == (2, 2, 2) and m.bias is not None for m in ups)
