@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: throughput, utilization, listing, scale and stages."""
+"""`python -m benchmarks`: throughput, utilization, listing, scale, stages and metrics."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "listing": ("plain against parallel listing of a bucket, and what auto chooses", "ListingConfig"),
     "scale": ("planning, memory and cost a sample against the number of cases", "ScaleConfig"),
     "stages": ("where a sample's time goes", "StagesConfig"),
+    "metrics": ("what a run's own metrics cost a sample", "MetricsConfig"),
 }
 
 
