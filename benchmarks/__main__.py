@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: throughput, utilization, listing, scale, stages and quality."""
+"""`python -m benchmarks`: throughput, utilization, listing, scale, stages, metrics and quality."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "scale": ("planning, memory and cost a sample against the number of cases", "ScaleConfig"),
     "stages": ("where a sample's time goes", "StagesConfig"),
     "quality": ("a finished run's held-out Dice by class and epoch, as a table and a curve", "QualityConfig"),
+    "metrics": ("what a run's own metrics cost a sample", "MetricsConfig"),
 }
 
 

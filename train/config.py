@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from ingest.errors import ConfigError
@@ -91,6 +92,9 @@ class TrainerConfig:
     tensorboard: bool = False
     """Write TensorBoard logs under RUN_DIR/tensorboard."""
 
+    mlflow: str | None = None
+    """Tracking URI of an MLflow server that the run is logged to, such as http://HOST:5000; None logs to none."""
+
     channels_last: bool = True
     """Keep channels innermost in memory: the same numbers but for rounding, and faster on CPUs and tensor cores. Not
     done on CPUs in half precision, where torch's gradients cannot be trusted in this layout."""
@@ -133,6 +137,11 @@ class TrainerConfig:
                 )
         if self.torch_threads is not None and self.torch_threads < 1:
             raise ConfigError(f"trainer.torch_threads must be 1 or more; got {self.torch_threads}")
+        if self.mlflow is not None and not _is_tracking_uri(self.mlflow):
+            raise ConfigError(
+                "trainer.mlflow must be a tracking URI: http://HOST:PORT, https://HOST, databricks, or an absolute "
+                f"sqlite:////FOLDER/mlflow.db; got {self.mlflow!r}"
+            )
 
     @property
     def step_batch(self) -> int:
@@ -192,6 +201,20 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
+def flat_settings(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting by the name of its flag, and its value as JSON.
+
+    Args:
+        tree: what `Recipe.to_json` wrote, or a part of it.
+        before: put in front of the names.
+    """
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat_settings(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", json.dumps(value, ensure_ascii=False)
+
+
 def from_json(text: str) -> Recipe:
     """Read what `Recipe.to_json` wrote.
 
@@ -203,6 +226,13 @@ def from_json(text: str) -> Recipe:
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"expected a saved recipe, found something else ({error}); check the file") from error
     return recipe
+
+
+def _is_tracking_uri(uri: str) -> bool:
+    """Whether it may be one of MLflow's, and means the same place wherever a job runs: no relative path."""
+    scheme, separator, rest = uri.partition("://")
+    absolute = {"sqlite": "//", "file": "/"}.get(scheme, "")
+    return uri == "databricks" or (bool(scheme and separator and rest) and rest.startswith(absolute))
 
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:

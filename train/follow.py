@@ -15,6 +15,7 @@ from ingest.errors import IngestError
 from .loop import LoopJob
 from .metrics import Row, read_metrics
 from .monitor import Progress as RunProgress
+from .tracking import MlflowRun
 
 POLL_S = 1.0
 
@@ -60,8 +61,14 @@ def progress_text(now: RunProgress, epochs: int) -> str:
 
 
 @contextlib.contextmanager
-def following(job: LoopJob, console: Console) -> Iterator[None]:
-    """Print a line for each epoch as its row appears; in a terminal, show where the run stands below them."""
+def following(job: LoopJob, console: Console, tracked: MlflowRun | None = None) -> Iterator[None]:
+    """Print a line for each epoch as its row appears; in a terminal, show where the run stands below them.
+
+    Args:
+        job: the run.
+        console: is printed to.
+        tracked: takes the rows too; when this ends, it has been given all.
+    """
     done = threading.Event()
     epochs = job.recipe.trainer.epochs
     columns = TextColumn("{task.description}", markup=False), BarColumn(24), TimeElapsedColumn()
@@ -78,6 +85,8 @@ def following(job: LoopJob, console: Console) -> Iterator[None]:
                 for row in rows[shown:]:
                     console.print(epoch_line(row, epochs), markup=False, highlight=False)
                 shown = len(rows)
+                if tracked is not None:
+                    tracked.rows(rows, now=finished)
             note_quarantine(job)
             now = job.monitor.ask("progress") if job.monitor is not None and task is not None else None
             if task is not None and isinstance(now, RunProgress):

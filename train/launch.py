@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pyarrow.fs
+import ray
 import ray.train
 import ray.train.torch
 from rich.console import Console
@@ -43,6 +44,7 @@ from .nodes import alive_nodes, check_visible, with_readers
 from .report import epoch_table
 from .run_folder import RECIPE_FILE, checks_of_run_dir, resolve_run_dir
 from .stop import given_up, in_thread, make_flag, on_signals
+from .tracking import reach, tracked
 from .validate import HELD_OUT, Holdout, RankData
 from .waits import why
 
@@ -82,6 +84,10 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
     run_dir = resolve_run_dir(recipe, name)
     resumed = checks_of_run_dir(recipe, run_dir)
     preflight.check_space(recipe, run_dir)
+    tracking = reach(recipe.trainer.mlflow, run_dir, resumed=resumed)
+    if recipe.trainer.check_resources and not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        # A Ray that starts here has no more: said before a demo's data is made.
+        preflight.check_cpus(recipe, os.cpu_count() or 1)
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
         served = not recipe.data.images and not recipe.data.manifest
@@ -146,7 +152,12 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             job.stop_flag.set.remote()
             monitor.tell("event", "stop", "asked to stop")
 
-        with on_signals(ask) as stopped, ending(run_dir, monitor, console), following(job, console):
+        with (
+            on_signals(ask) as stopped,
+            ending(run_dir, monitor, console),
+            tracked(tracking, recipe, run_dir, console, stopped) as mlflow_run,
+            following(job, console, mlflow_run),
+        ):
             result = in_thread(lambda: fit(job, manifest, train, run_dir, use_gpu=use_gpu, listing_s=listing_s))
         rows = read_metrics(run_dir)
         console.print(epoch_table(rows))

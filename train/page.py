@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import resources
 from typing import Any
@@ -23,6 +23,7 @@ from ingest.overlay import class_colour
 from ingest.quarantine import QuarantineEntry, load_entries
 from ingest.stores import open_store
 
+from .config import flat_settings
 from .metrics import METRICS_FILE, read_metrics
 from .page_plots import figures
 from .records import Event, read_events, read_steps
@@ -70,13 +71,14 @@ def page_of(run_dir: str) -> str:
         plotly_js=Markup(plotly.offline.get_plotlyjs()) if plots else "",
         cards=_cards(rows, recipe, events),
         why=why(rows),
+        au_and_stall=_au_and_stall(rows),
         plots=plots,
         events=[(_written(event.at_unix_s), event.kind, event.text) for event in events[-MOST_LISTED:]],
         quarantined=quarantined,
         most=MOST_LISTED,
         cases=[_shown(case) for case in cases],
         legend=[(value, class_colour(value)) for value in classes],
-        settings=list(_flat(recipe)),
+        settings=list(flat_settings(recipe)),
         scored=[row for row in rows if row.get("mean_dice") is not None],
         rows=rows,
     )
@@ -124,21 +126,25 @@ def _cards(rows: list[dict[str, Any]], recipe: Mapping[str, Any], events: list[E
     return [(heading, value) for heading, value in wanted]
 
 
+def _au_and_stall(rows: list[dict[str, Any]]) -> str | None:
+    """Why AU and stall, which stand beside each other, can both be high."""
+    last = rows[-1] if rows else {}
+    if not isinstance(last.get("au"), int | float):
+        return None
+    first_s, wall_s = (_number(last.get(name), ".1f") for name in ("first_batch_s", "wall_s"))
+    of_last = f", here {first_s} s of {wall_s} s" if "-" not in (first_s, wall_s) else ""
+    return (
+        "AU and stall are those of the last epoch. AU leaves out its first step with the wait for that step's batch"
+        f"{of_last}; stall counts this wait too, so in a short epoch both can be high."
+    )
+
+
 def _number(value: object, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "-"
 
 
 def _written(unix_s: float) -> str:
     return f"{datetime.fromtimestamp(unix_s, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """Every setting by the name of its flag."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", json.dumps(value, ensure_ascii=False)
 
 
 def _classes(case: CaseSlices) -> set[int]:

@@ -127,34 +127,64 @@ def test_a_cluster_with_a_token_refuses_another_one(head, tmp_path):
     assert "found none (401)" in printed
 
 
-def test_ctrl_c_asks_and_a_job_that_is_stopped_saves_first(head, tmp_path):
-    make_cases(open_store(f"{tmp_path}/images/"), open_store(f"{tmp_path}/labels/"), 24, shape=(12, 12, 12))
-    data = ["--data.images", f"{tmp_path}/images", "--data.labels", f"{tmp_path}/labels"]
+def interrupted(head: Head, *command: str, typed: bytes | None) -> tuple[int, str]:
+    """A command that follows a job, which gets Ctrl-C in the second epoch; its status and what it printed.
+
+    Args:
+        head: has the job.
+        command: to run.
+        typed: at a terminal, as the answer; None is without a terminal.
+    """
     terminal, theirs = pty.openpty()
     # A process that a shell has started in the background ignores SIGINT, and hands that on.
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script = listening + "import sys; from train.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    call = [sys.executable, "-c", script, "submit", "demo", *SMALL, *data, "--trainer.epochs", "100000"]
-    call += ["--submission-id", "long", "--follow", "--address", head.address]
-    process = subprocess.Popen(call, env=head.env, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    call = [sys.executable, "-c", script, *command, "--follow", "--address", head.address]
+    stdin = subprocess.DEVNULL if typed is None else theirs
+    process = subprocess.Popen(call, env=head.env, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     os.close(theirs)
     assert process.stdout is not None
-    lines = []
+    lines, sent = [], False
     for line in process.stdout:
         lines.append(line.decode())
-        if "epoch 2/" in lines[-1]:
+        if "epoch 2/" in lines[-1] and not sent:
+            sent = True
             process.send_signal(signal.SIGINT)
-            os.write(terminal, b"n\n")
+            os.write(terminal, typed or b"")
     process.stdout.close()
-    assert process.wait(timeout=30) == 130, "".join(lines)
+    status = process.wait(timeout=30)
     os.close(terminal)
-    assert "job long goes on" in "".join(lines)
+    return status, "".join(lines)
+
+
+def test_a_job_goes_on_after_ctrl_c_without_a_terminal_and_y_at_one_stops_it_when_it_has_saved(head, tmp_path):
+    make_cases(open_store(f"{tmp_path}/images/"), open_store(f"{tmp_path}/labels/"), 24, shape=(12, 12, 12))
+    data = ["--data.images", f"{tmp_path}/images", "--data.labels", f"{tmp_path}/labels"]
+    python = tmp_path / "their python"
+    python.write_text(f'#!/bin/sh\necho the given python, in $(ls).\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    # Without a package the head's own voxflux is used: here the one that the tests run.
+    job = [*SMALL, *data, "--trainer.epochs", "100000", "--no-package", "--python", str(python)]
+    status, printed = interrupted(head, "submit", "demo", *job, "--submission-id", "long", typed=None)
+    assert status == 130, printed
+    assert "stop job" not in printed
+    assert "job long goes on" in printed
+    assert "the given python, in job.sh recipe.json." in printed
+
     asked = time.monotonic()
-    status, printed = train(head, "stop", "long")
+    status, printed = interrupted(head, "logs", "long", typed=b"y\n")
+    assert status == 130, printed
+    assert "stop job long? y stops it" in printed
+    assert "job long: STOPPED" in printed
+    assert "stopped and saved; go on with --trainer.resume" in printed
+    assert printed.count("epoch 1/100000: loss") == 1
+    assert time.monotonic() - asked < 40
+
+    status, printed = train(head, "submit", "demo", *job, "--submission-id", "brief")
     assert status == 0, printed
-    assert "long: STOPPED" in printed
-    assert time.monotonic() - asked < 30
+    status, printed = train(head, "stop", "brief")
+    assert status == 0, printed
+    assert "brief: STOPPED" in printed
     status, printed = train(head, "logs", "long")
     assert status == 0
     assert "epoch 1/100000: loss" in printed
-    assert "stopped and saved; go on with --trainer.resume" in printed

@@ -25,6 +25,7 @@ from train.evaluate import SlidingWindowConfig
 from train.launch import run
 from train.optimizer import OptimizerConfig
 from train.records import read_events, read_steps
+from train.tracking import reach
 from train.unet3d import UNet3DConfig
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -158,9 +159,13 @@ def test_bad_cases_are_quarantined_counted_and_the_run_goes_on(places, tmp_path)
     assert found.epochs[1].quarantined == outcome.rows[1]["quarantined"]
 
 
-def test_a_run_is_kept_in_a_bucket_and_gone_on_with_there(places, bucket):
+def test_a_run_is_kept_in_a_bucket_and_gone_on_with_there_and_on_its_mlflow_server(
+    places, bucket, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow wants a database in its place
     run_dir = f"gs://{bucket}/runs/one"
-    recipe = tiny(places.gs, Path("unused"), num_workers=1, epochs=1, evaluate_every=0)
+    mlflow = (tmp_path / "mlruns").as_uri()
+    recipe = tiny(places.gs, Path("unused"), num_workers=1, epochs=1, evaluate_every=0, mlflow=mlflow)
     first = run(dataclasses.replace(recipe, run_dir=run_dir), "tiny", quiet())
     assert [row["epoch"] for row in first.rows] == [0]
     trainer = dataclasses.replace(recipe.trainer, resume=run_dir, epochs=2)
@@ -172,6 +177,13 @@ def test_a_run_is_kept_in_a_bucket_and_gone_on_with_there(places, bucket):
     assert {"state.pt", "latest.json", "metrics.json", "manifest.parquet", "recipe.json", "report.html"} <= names
     assert [event.kind for event in read_events(run_dir)] == ["start", "end", "start", "end"]
     assert len(read_steps(run_dir)) == 2
+    tracking = reach(mlflow, run_dir, resumed=True)
+    tracked = tracking.client.get_run(tracking.run_id)
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.tags["run_dir"] == run_dir
+    assert tracked.data.params["data.images"] == f'"{places.gs}images/"'  # as resolved
+    logged = [(point.step, point.value) for point in tracking.client.get_metric_history(tracking.run_id, "train_loss")]
+    assert logged == [(number, row["train_loss"]) for number, row in enumerate(second.rows, 1)]
 
 
 def test_a_run_folder_that_ray_cannot_name_is_refused(places, tmp_path):

@@ -10,12 +10,15 @@ import pytest
 import ray
 from rich.console import Console
 
+from benchmarks.metrics import MetricsConfig, measured
+from benchmarks.tree import TreeMeter
 from ingest.quarantine import BadCaseConfig
 from ingest.stores import open_store
 from ingest.stores.base import StoreConfig
 from tests.integration.test_train import tiny
 from train.gauges import METRICS, exported_name
 from train.launch import run
+from train.monitor import start_monitor
 from train.records import read_events, read_steps
 from train.waits import CAUSES
 
@@ -111,3 +114,14 @@ def test_a_run_exports_its_metrics_says_why_it_waits_and_leaves_a_page(places, b
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
     assert page.count('class="case"') == 3
     assert json.loads((tmp_path / "run-watched" / "metrics.json").read_text()) == outcome.rows
+
+
+def test_what_metrics_cost_is_measured_on_all_that_a_run_tells(tmp_path):
+    monitor = start_monitor(str(tmp_path))
+    with TreeMeter() as tree:
+        found = measured(monitor, tree, MetricsConfig(blocks=5, batches=3), epoch=0)
+    assert found["here_us_per_sample"] > 0
+    assert found["cpu_us_per_sample"] == pytest.approx(found["here_us_per_sample"] + found["others_us_per_sample"])
+    (records,) = read_steps(str(tmp_path)).values()
+    assert [record.step for record in records] == list(range(1, 16))
+    assert monitor.ask("work_of", 0).fetch_s == pytest.approx(0.015)

@@ -51,6 +51,7 @@ def row(epoch: int, **changes) -> dict:
         "stall_s": 2.0,
         "stall_by_cause_s": causes,
         "wall_s": 40.0,
+        "first_batch_s": 1.25,
         "au": 0.97,
         "mean_dice": 0.9 - 0.4 * 0.6**epoch,
         "dice_by_class": [0.91 - 0.4 * 0.6**epoch, 0.89 - 0.4 * 0.6**epoch],
@@ -116,6 +117,7 @@ def test_the_page_says_what_became_of_the_run_and_why_it_waited(tmp_path):
     for name in ("loss", "dice", "rate", "speed", "au", "stall", "timeline"):
         assert f'id="plot-{name}"' in html, name
     assert "trainer.batch_size" in html
+    assert "leaves out its first step with the wait for that step&#39;s batch, here 1.2 s of 40.0 s;" in html
 
 
 def test_a_run_that_failed_in_its_first_epoch_has_a_page(tmp_path):
@@ -135,6 +137,7 @@ def test_a_run_without_scores_or_times_or_with_fields_of_old_has_a_page(tmp_path
     store.put("metrics.json", json.dumps([old, {"epoch": 1, "train_loss": float("nan")}]).encode())
     html = page_of(str(tmp_path))
     assert "No epoch was scored" in html
+    assert "AU and stall are those" not in html  # AU is not known
     assert 'id="plot-dice"' not in html
     assert "of.another" in html
 
