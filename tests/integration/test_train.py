@@ -135,6 +135,7 @@ def test_a_run_from_a_manifest_lists_nothing_and_is_kept_in_a_bucket_and_gone_on
     assert first.rows[0]["mean_dice"] is None
     trainer = dataclasses.replace(recipe.trainer, resume=run_dir, epochs=2)
     second = run(dataclasses.replace(recipe, trainer=trainer), "tiny", quiet())
+    assert [row["epoch"] for row in second.rows] == [0, 1]
     assert [row["step"] for row in second.rows] == [13, 26]
     saved = json.loads(open_store(run_dir).fetch([e for e in open_store(run_dir).list() if e.name == "recipe.json"])[0])
     assert saved["trainer"]["epochs"] == 2
