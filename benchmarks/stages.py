@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from ingest.augment import NO_AUGMENTATION, AugmentConfig, PatchSampler
-from ingest.cluster import connected_ray
+from ingest.cluster import connected_ray, environment
 from ingest.crop import CropConfig
 from ingest.datasource import PairedVolumeDatasource
 from ingest.decode import decode_case
@@ -31,7 +31,6 @@ from ingest.pipeline import DataConfig
 from ingest.stores import open_store
 from ingest.stores.base import StoreConfig, Transport
 from ingest.transport import choose_transport
-from train.launch import environment
 from train.loop import ToTensors
 
 from .child import in_child

@@ -39,20 +39,23 @@ def connected_ray() -> Iterator[bool]:
         return
     given = _given_to_job()
     wanted = TUNED | {name: os.environ[name] for name in (*PASSED_ON, *TUNED) if name in os.environ}
-    runtime_env = {"env_vars": {name: value for name, value in wanted.items() if name not in given}}
+    passed = {name: value for name, value in wanted.items() if name not in given}
     here = not os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray Data prints with a traceback what it raises, and we print what is raised.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    # What workers print, progress bars above all, would bury the run's own lines, in a job's log too.
-    ray.init(
-        # Without "local" Ray would join whatever cluster was started last on this machine.
-        address="local" if here else None,
-        include_dashboard=False if here else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env=runtime_env,
-    )
+    # Workers of a Ray that starts here inherit our environment. With a runtime environment each of them would load Ray
+    # twice, and those that Ray starts in advance would be of no use.
+    with environment(passed if here else {}):
+        ray.init(
+            # Without "local" Ray would join whatever cluster was started last on this machine.
+            address="local" if here else None,
+            include_dashboard=False if here else None,
+            # What workers print, progress bars above all, would bury the run's own lines, in a job's log too.
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=None if here else {"env_vars": passed},
+        )
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield here
@@ -65,3 +68,18 @@ def _given_to_job() -> dict[str, str]:
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     variables: dict[str, str] = (job.get("runtime_env") or {}).get("env_vars") or {}
     return variables
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables, and put back what was there."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value

@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import scipy.ndimage
 
 from .errors import ConfigError
 
@@ -59,6 +58,8 @@ def foreground_boxes(label_1DHW: npt.NDArray[np.uint8]) -> Boxes:
         there is no foreground. A few hundred bytes a case, whatever the volume.
     """
     # Where there is any foreground, then each class in there, then its components: each pass is dearer than the last.
+    import scipy.ndimage  # of all processes of a run, only those that read cases load it
+
     if not label_1DHW.any():
         return ()
     occupied = [np.flatnonzero(label_1DHW[0].max(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]

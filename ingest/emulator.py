@@ -56,6 +56,7 @@ class EmbeddedServer:
         port: int = 0,
         backend: Literal["memory", "filesystem"] = "memory",
         start_timeout_s: float = 120.0,
+        scratch: str | Path | None = None,
     ) -> None:
         """Note the settings; nothing runs before `start`.
 
@@ -64,6 +65,7 @@ class EmbeddedServer:
             port: TCP port on 127.0.0.1; 0 takes a free one.
             backend: where the server keeps objects; the file system one cannot hold ``p`` beside ``p/q``.
             start_timeout_s: time to load `data` and answer.
+            scratch: a folder for its log, and for its objects with the file system one; None takes that of TMPDIR.
 
         Raises:
             ConfigError: `data` is not a folder.
@@ -76,6 +78,7 @@ class EmbeddedServer:
         self._port = port
         self._backend = backend
         self._start_timeout_s = start_timeout_s
+        self._scratch_in = scratch
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -105,7 +108,7 @@ class EmbeddedServer:
         binary = server_binary()
         if self._port:
             _check_port(self._port)
-        self._scratch = tempfile.TemporaryDirectory(prefix="voxflux-server-")
+        self._scratch = tempfile.TemporaryDirectory(prefix="voxflux-server-", dir=self._scratch_in)
         for attempts_left in range(4, -1, -1):
             port = self._port or _free_port()
             self._process = self._spawn(binary, port)
@@ -117,7 +120,7 @@ class EmbeddedServer:
                 # Somebody else took the free port between our looking and the server's binding.
                 if self._port or not attempts_left or "address already in use" not in str(error):
                     raise
-                self._scratch = tempfile.TemporaryDirectory(prefix="voxflux-server-")
+                self._scratch = tempfile.TemporaryDirectory(prefix="voxflux-server-", dir=self._scratch_in)
             except BaseException:
                 self.stop()
                 raise

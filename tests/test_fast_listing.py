@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,16 +28,17 @@ COUNT = 12_000
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def many() -> Iterator[str]:
     """The URL of a server that holds 12,000 objects in gs://many/data, and one beside that folder."""
-    folder = tmp_path_factory.mktemp("served")
-    data = folder / "many" / "data"
-    data.mkdir(parents=True)
-    for number in range(COUNT):
-        (data / f"case_{number:05d}_x.npy").write_bytes(b"x" * (number % 5))
-    (folder / "many" / "data2.npy").touch()
-    with EmbeddedServer(data=folder, backend="filesystem") as server:
-        yield server.url
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # 12,000 files take 27 s on a disk, and 2 s here
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        data = Path(folder) / "many" / "data"
+        data.mkdir(parents=True)
+        for number in range(COUNT):
+            (data / f"case_{number:05d}_x.npy").write_bytes(b"x" * (number % 5))
+        (Path(folder) / "many" / "data2.npy").touch()
+        with EmbeddedServer(data=folder, backend="filesystem", scratch=memory) as server:
+            yield server.url
 
 
 def group_of(leader: int) -> list[int]:

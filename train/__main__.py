@@ -11,8 +11,6 @@ from rich.logging import RichHandler
 
 from ingest.errors import IngestError
 
-from .recipes import RECIPES
-
 COMMANDS = {
     "run": ("train.commands:run_recipe", "RECIPE [--run-dir DIR] [overrides]", "train on this machine or its cluster"),
     "report": ("train.page:report_run", "RUN_DIR", "write a run's page, RUN_DIR/report.html"),
@@ -45,6 +43,8 @@ COMMANDS = {
 
 def usage() -> str:
     """How to call it, and the recipes."""
+    from .recipes import RECIPES  # torch and Ray Data load here: commands that ask a cluster need neither
+
     calls = {f"{name} {arguments}".rstrip(): about for name, (_, arguments, about) in COMMANDS.items()}
     wide, narrow = max(map(len, calls)), max(map(len, RECIPES))
     return "\n".join(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeAlias
 
 import pyarrow.fs
 import ray
@@ -20,11 +18,11 @@ import ray.train.torch
 from rich.console import Console
 
 from ingest.clean import sweep_run
-from ingest.cluster import connected_ray
+from ingest.cluster import connected_ray, environment
 from ingest.errors import ConfigError
 from ingest.index import index_cases
 from ingest.manifest import Manifest
-from ingest.pipeline import DataConfig, execution_options, training_dataset
+from ingest.pipeline import DataConfig, execution_options
 from ingest.plan import Indices
 from ingest.quarantine import summary
 from ingest.quarantine_actor import start_quarantine
@@ -35,21 +33,21 @@ from . import preflight
 from .checkpoint import read_position
 from .config import Recipe
 from .finish import ending, leave_behind
+from .flag import make_flag
 from .follow import following
-from .holdout import save_held_out, split_of
+from .holdout import Holdout, RankData, save_held_out, split_of
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
 from .nodes import alive_nodes, check_visible, with_readers
+from .planned import datasets_of
 from .report import epoch_table
 from .run_folder import RECIPE_FILE, checks_of_run_dir, resolve_run_dir
-from .stop import given_up, in_thread, make_flag, on_signals
+from .stop import in_thread, on_signals
 from .tracking import reach, tracked
-from .validate import HELD_OUT, Holdout, RankData
 from .waits import why
 
 MANIFEST_FILE = "manifest.parquet"
-DatasetMaker: TypeAlias = "ray.data.Dataset | Callable[[], ray.data.Dataset]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +172,6 @@ def fit(
     job: LoopJob, manifest: Manifest, train: Indices, run_dir: str, *, use_gpu: bool, listing_s: float
 ) -> ray.train.Result:
     """Run the trainer; our own errors come out as they were raised, wherever that was."""
-    # A rank that reports waits until the controller looks, by default every 2 s: at 0.5 s an epoch's end costs less.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     recipe = job.recipe
     ranks = recipe.trainer.num_workers
     storage_path, _, name = run_dir.rstrip("/").rpartition("/")
@@ -204,12 +200,24 @@ def fit(
         ),
     )
     try:
-        return trainer.fit()
+        with environment({name: value for name, value in controller_settings().items() if name not in os.environ}):
+            return trainer.fit()
     except Exception as error:
         ours = own_error(error)
         if ours is not None:
             raise ours from error
         raise
+
+
+def controller_settings() -> dict[str, str]:
+    """What Ray's controller is told by environment variables, unless the user tells it otherwise."""
+    # A rank that reports waits until the controller looks, by default every 2 s: at 0.5 s an epoch's end costs less.
+    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    if len(alive_nodes()) == 1:
+        # On a cluster of this node only, nobody is left to hear that it goes away, and a process to watch for it takes
+        # the ranks about 2 s of CPU time as they start.
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    return settings
 
 
 def emulated_filesystem(run_dir: str) -> pyarrow.fs.FileSystem | None:
@@ -223,42 +231,6 @@ def emulated_filesystem(run_dir: str) -> pyarrow.fs.FileSystem | None:
         scheme=scheme or "http",
         endpoint_override=endpoint.rstrip("/"),
         retry_time_limit=timedelta(seconds=30),
-    )
-
-
-def datasets_of(job: LoopJob, manifest: Manifest, train: Indices) -> dict[str, DatasetMaker]:
-    """What the ranks read, made anew at each start; of neither is anything read before the ranks iterate it."""
-    datasets: dict[str, DatasetMaker] = {"train": functools.partial(planned_dataset, job, manifest, train)}
-    if job.recipe.trainer.evaluate_every:
-        datasets[HELD_OUT] = job.holdout.dataset
-    return datasets
-
-
-def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices) -> ray.data.Dataset:
-    """The training data from where the run stands; Ray's controller calls it at each start and restart.
-
-    Raises:
-        IngestError: why the last start failed, if that does not pass by starting again: Ray then ends the run.
-    """
-    if (reason := given_up(job.stop_flag)) is not None:
-        raise reason
-    trainer = job.recipe.trainer
-    # Where the ranks, or the good cases, are not known beforehand, Ray's equal split cuts what ranks cannot share: to
-    # cut it here too would leave out up to a step twice.
-    known = trainer.max_workers is None and job.quarantine is None
-    multiple = trainer.least_step_cases if known else 1
-    position = read_position(job.run_dir).skip_finished(job.train_cases - job.bad_cases(), trainer.least_step_cases)
-    return training_dataset(
-        manifest,
-        job.recipe.data,
-        first_epoch=position.epoch,
-        consumed=position.before.indices,
-        multiple=multiple,
-        batch=trainer.step_batch,
-        ranks=trainer.num_workers if known else 1,
-        quarantine=job.quarantine,
-        record=job.monitor,
-        candidates=train,
     )
 
 
@@ -299,21 +271,6 @@ def data_of(recipe: Recipe, console: Console) -> Iterator[Recipe]:
                 data, images=f"gs://{bucket}/{place}/images/", labels=f"gs://{bucket}/{place}/labels/"
             ),
         )
-
-
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables, and put back what was there."""
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
 
 
 def open_data(recipe: Recipe, of_run: str | None, console: Console, *, served: bool = False) -> tuple[Manifest, Recipe]:

@@ -29,15 +29,17 @@ from . import checkpoint
 from .best import reached
 from .config import Recipe
 from .finite import stop_run
+from .flag import give_up
+from .holdout import HELD_OUT, Holdout
 from .ledger import Ledger, attempt_name
 from .metrics import read_metrics
 from .monitor import Monitor
 from .optimizer import learning_rate_at
 from .pulse import Pulses
 from .step import TrainStep, memory_format
-from .stop import StopWatch, give_up
+from .stop import StopWatch
 from .unet3d import UNet3D
-from .validate import HELD_OUT, Holdout, evaluate, gather, save_scores
+from .validate import evaluate, gather, save_scores
 
 Batch = dict[str, torch.Tensor]
 
@@ -52,7 +54,7 @@ class LoopJob:
         holdout: the cases to score.
         train_cases: cases of an epoch.
         total_cases: cases of the manifest.
-        stop_flag: of `stop.make_flag`; None for a run that no signal reaches.
+        stop_flag: of `flag.make_flag`; None for a run that no signal reaches.
         quarantine: the run's bad cases; None where they end the run.
         monitor: is told how it goes; None where nobody follows.
     """

@@ -14,52 +14,8 @@ import ray
 import torch
 import torch.distributed
 
-from ingest.errors import IngestError, UnreachableError
-from ingest.unwrap import own_error
-
 T = TypeVar("T")
 POLL_S = 0.5
-
-
-class _Flag:
-    """Whether the run is to stop, and why it is not to start again; one actor a run, on no CPU."""
-
-    def __init__(self) -> None:
-        self._stop = False
-        self._reason: IngestError | None = None
-
-    def give_up(self, reason: IngestError) -> None:
-        self._reason = self._reason or reason
-
-    def reason(self) -> IngestError | None:
-        return self._reason
-
-    def set(self) -> None:
-        self._stop = True
-
-    def is_set(self) -> bool:
-        return self._stop
-
-
-def make_flag() -> Any:
-    """The run's stop flag, to be handed to the ranks."""
-    return ray.remote(_Flag).options(num_cpus=0, max_restarts=-1).remote()
-
-
-def give_up(flag: Any | None, error: BaseException) -> None:
-    """Note an error that starting again would only meet again, so that `max_failures` are kept for those that pass.
-
-    Of our own errors only a server that cannot be reached may pass; what is not ours may.
-    """
-    reason = own_error(error)
-    if flag is not None and reason is not None and not isinstance(reason, UnreachableError):
-        ray.get(flag.give_up.remote(reason))
-
-
-def given_up(flag: Any | None) -> IngestError | None:
-    """The first error that was noted by `give_up`."""
-    reason: IngestError | None = None if flag is None else ray.get(flag.reason.remote())
-    return reason
 
 
 class StopWatch:

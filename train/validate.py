@@ -4,82 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-import ray.train
 import torch
 import torch.distributed
 
-from ingest.fetch import read_shard
-from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig
-from ingest.plan import Indices
 from ingest.quarantine import Quarantine
 from ingest.stores import open_store
-from ingest.volumes import Case, case_shard, case_volumes, decode_rows
+from ingest.volumes import decode_rows
 
 from .evaluate import SlidingWindowConfig, score_case
+from .holdout import Holdout
 
 T = TypeVar("T")
 
-HELD_OUT = "held_out"
 SCORES_FOLDER = "scores"
-
-
-@dataclasses.dataclass(frozen=True)
-class Holdout:
-    """The held-out cases.
-
-    Attributes:
-        rows: to score; with no row where nothing is held out.
-        indices: (h,) int64, their indices in the run.
-        data: how they are read.
-        quarantine: the run's bad cases; None where they end the run.
-    """
-
-    rows: Manifest
-    indices: Indices
-    data: DataConfig
-    quarantine: Quarantine | None = None
-
-    def dataset(self) -> ray.data.Dataset:
-        """All of them, raw; nothing is read before it is iterated."""
-        return case_volumes(self.rows, self.indices, self.data, self.quarantine)
-
-    def good_cases(self) -> Iterator[Case]:
-        """The good ones, one after the other, read here."""
-        for index in range(len(self.rows)):
-            picked = np.array([index])
-            for raw in read_shard(case_shard(self.rows, picked, self.indices[picked], self.data, self.quarantine)):
-                yield from decode_rows(raw, self.data, self.quarantine)
-
-
-class RankData(ray.train.DataConfig):
-    """Deals training samples out evenly, and held-out cases each to exactly one rank."""
-
-    def configure(
-        self,
-        datasets: dict[str, ray.data.Dataset],
-        world_size: int,
-        worker_handles: list[Any] | None,
-        worker_node_ids: list[str] | None,
-        **kwargs: Any,
-    ) -> list[dict[str, ray.data.DataIterator]]:
-        """See `ray.train.DataConfig.configure`, which would leave out cases for the sake of equal numbers."""
-        others = {name: dataset for name, dataset in datasets.items() if name != HELD_OUT}
-        output: list[dict[str, ray.data.DataIterator]] = super().configure(
-            others, world_size, worker_handles, worker_node_ids, **kwargs
-        )
-        if HELD_OUT in datasets:
-            parts = datasets[HELD_OUT].streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
-            for mine, part in zip(output, parts, strict=True):
-                mine[HELD_OUT] = part
-        return output
 
 
 def gather(mine: T) -> list[T]:

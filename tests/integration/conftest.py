@@ -27,7 +27,7 @@ class Places(NamedTuple):
 
 @pytest.fixture(scope="session")
 def ray_here(gcs_server: EmbeddedServer) -> Iterator[None]:
-    """Four CPUs' worth of Ray, told where the embedded server is."""
+    """Four CPUs' worth of Ray, whose workers inherit where the embedded server is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, from third parties it imports
         ray.init(
@@ -37,8 +37,10 @@ def ray_here(gcs_server: EmbeddedServer) -> Iterator[None]:
             log_to_driver=False,
             logging_level="WARNING",
             object_store_memory=512 * 2**20,
-            runtime_env={"env_vars": gcs_server.env()},
-            _system_config={"metrics_report_interval_ms": 1000},  # 10 s is longer than most runs here
+            _system_config={
+                "metrics_report_interval_ms": 1000,  # 10 s is longer than most runs here
+                "worker_maximum_startup_concurrency": 4,  # else as many as there are cores, and ranks start last
+            },
         )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

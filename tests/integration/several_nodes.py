@@ -39,10 +39,11 @@ STORE_BYTES = 100 * 2**20
 LARGE = (400, (64, 64, 64))  # 1.3 MB each: more than the stores of all four nodes hold
 
 
-def recipe(root: str, run_dir: str) -> Recipe:
+def recipe(root: str, run_dir: str, labels_root: str | None = None) -> Recipe:
+    labels = f"{labels_root or root}labels"
     return Recipe(
         run_dir=run_dir,
-        data=DataConfig(images=f"{root}images", labels=f"{root}labels", seed=3, crop=CropConfig(patch=(8, 8, 8))),
+        data=DataConfig(images=f"{root}images", labels=labels, seed=3, crop=CropConfig(patch=(8, 8, 8))),
         model=UNet3DConfig(filters=(4, 8), bottleneck=8),
         optimizer=OptimizerConfig(name="adamw", learning_rate=5e-3, warmup_epochs=0),
         window=SlidingWindowConfig(roi=(8, 8, 8), overlap=0.25),
@@ -84,13 +85,14 @@ def holding(*holders: Any) -> Iterator[None]:
 
 
 def where() -> dict[str, list[str]]:
-    """Nodes that read tasks and trainers ran on."""
+    """Nodes that read tasks and trainers ran on, and those that a watcher of their loss ran on."""
     tasks = [task for task in list_tasks(limit=10_000, detail=True) if task.node_id]
     actors = list_actors(limit=10_000, detail=True)
     return {
         "read": sorted({task.node_id for task in tasks if task.name.startswith("ReadPairedVolume")}),
         "scored": sorted({task.node_id for task in tasks if task.name.startswith("ReadVolume")}),
         "trained": sorted({actor.node_id for actor in actors if actor.class_name == "RayTrainWorker"}),
+        "watched_from": sorted({actor.node_id for actor in actors if actor.class_name == "PreemptionWatcher"}),
     }
 
 
@@ -138,9 +140,8 @@ def main(gs: str, local: str, run_root: str, large: str) -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     found: dict[str, object] = {"gpu": [gpu.node_id], "data": sorted(node.node_id for node in data)}
-    found["on_gs"] = outcome_of(recipe(gs, f"{run_root}on-gs"))
+    found["run"] = outcome_of(recipe(gs, f"{run_root}run", labels_root=local))
     found["nodes"] = where()
-    found["on_files"] = outcome_of(recipe(local, f"{run_root}on-files"))
     found["memory"] = memory_of(large)
     with holding(*[Holder.options(label_selector=DATA_WORKERS).remote() for _ in data]):
         found["held"] = refusal_of(recipe(gs, f"{run_root}held"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ingest.__main__ import main
 from ingest.emulator import EmbeddedServer
 from ingest.fault_proxy import Fault, FaultProxy, every_fault
 from ingest.stores import open_store
@@ -36,14 +38,17 @@ def many_cases(gcs_server: EmbeddedServer) -> str:
     return root
 
 
-def digest(root: str, server_url: str, *options: str) -> subprocess.Popen[str]:
-    arguments = [
-        *("-m", "ingest", "digest", "--images", f"{root}images", "--labels", f"{root}labels", "--epochs", "2"),
+def arguments(root: str) -> list[str]:
+    return [
+        *("digest", "--images", f"{root}images", "--labels", f"{root}labels", "--epochs", "2"),
         *("--patch", "8", "8", "8", "--seed", "7", "--store.retry-first-s", "0.02", "--store.retry-longest-s", "0.2"),
     ]
+
+
+def digest(root: str, server_url: str, *options: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return subprocess.Popen(
-        [sys.executable, *arguments, *options],
+        [sys.executable, "-m", "ingest", *arguments(root), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -58,8 +63,12 @@ def last_line(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(many_cases: str, gcs_server: EmbeddedServer) -> str:
-    line = last_line(digest(many_cases, gcs_server.url, "--transport", "direct"))
+def undisturbed(many_cases: str, ray_here: None) -> str:
+    """The digest of both epochs without any fault, on the Ray of this process."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([*arguments(many_cases), "--transport", "direct"]) == 0
+    line = printed.getvalue().strip().splitlines()[-1]
     assert re.fullmatch(rf"digest [0-9a-f]{{64}} samples {2 * CASES}", line)
     return line
 
@@ -79,8 +88,8 @@ def keys(gcs_server: EmbeddedServer) -> list[str]:
 def test_one_fault_in_twenty_of_every_kind_at_once_changes_no_sample(
     many_cases, undisturbed, through, gcs_server, transport
 ):
-    proxy = through(every_fault(0.05, stall_s=2.0))
-    line = last_line(digest(many_cases, proxy.url, "--transport", transport, "--store.read-timeout-s", "1"))
+    proxy = through(every_fault(0.05, stall_s=1.0))
+    line = last_line(digest(many_cases, proxy.url, "--transport", transport, "--store.read-timeout-s", "0.5"))
     assert line == undisturbed
     wanted = KINDS | ({"status-403"} if transport == "compose" else set())
     assert wanted <= {kind for kind, times in proxy.injected.items() if times}, proxy.injected

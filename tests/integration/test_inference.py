@@ -32,10 +32,11 @@ from train.__main__ import main
 from train.audit import audit
 from train.best import BEST_FILE
 from train.evaluate import SlidingWindowConfig, score_case
+from train.holdout import HELD_OUT, Holdout, RankData
 from train.inference import EvaluateConfig, PredictConfig, evaluate, predict
 from train.launch import Outcome, run
 from train.unet3d import UNet3D, UNet3DConfig
-from train.validate import HELD_OUT, Holdout, RankData, Scores
+from train.validate import Scores
 from train.validate import evaluate as evaluate_held_out
 from train.weights import load_trained
 from train.workers import WorkersConfig

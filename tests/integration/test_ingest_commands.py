@@ -194,7 +194,8 @@ def test_serve_without_a_command_prints_the_line_to_export_and_ends_on_interrupt
 
 def test_a_closed_port_ends_in_a_clear_error_within_its_bound(places):
     environment = os.environ | {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}
-    ran = run_ingest("digest", "--images", "gs://b/i", "--labels", "gs://b/l", "--patch", *"888", env=environment)
+    places_of_it = ["--images", "gs://b/i", "--labels", "gs://b/l", "--patch", *"888", "--store.retry-refused-s", "2"]
+    ran = run_ingest("digest", *places_of_it, env=environment)
     assert ran.returncode == 1
     assert "expected a server that answers" in ran.stderr
     assert "127.0.0.1:9" in ran.stderr

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from tests.integration.test_train import quiet, tiny
 from train.__main__ import main
 from train.audit import audit
 from train.checkpoint import load_state, read_position
-from train.launch import run
+from train.config import Recipe
+from train.launch import Outcome, run
 from train.records import read_events
 
 pytestmark = [pytest.mark.crash, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(400)]
@@ -51,26 +53,44 @@ class Killer(threading.Thread):
             time.sleep(0.02)
 
 
-def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(places, tmp_path):
-    options = {"num_workers": 1, "epochs": 4, "evaluate_every": 0, "deterministic": True, "checkpoint_every_steps": 5}
-    calm = run(tiny(places.local, tmp_path / "calm", **options), "tiny", quiet())
+DETERMINISTIC = {"num_workers": 1, "epochs": 4, "evaluate_every": 0, "deterministic": True, "checkpoint_every_steps": 5}
+
+
+class Calm(NamedTuple):
+    """A run of four epochs of 13 steps that nothing befell, with a ledger."""
+
+    recipe: Recipe
+    outcome: Outcome
+    weights: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def calm(places, tmp_path_factory) -> Calm:
+    folder = tmp_path_factory.mktemp("calm")
+    recipe = tiny(places.local, folder / "run", **DETERMINISTIC, ledger=str(folder / "ledger"))
+    outcome = run(recipe, "tiny", quiet())
+    return Calm(recipe, outcome, weights_of(outcome.run_dir))
+
+
+def weights_of(run_dir: str) -> dict[str, torch.Tensor]:
+    return load_state(run_dir, read_position(run_dir).checkpoint, "cpu")["model"]
+
+
+def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(places, calm, tmp_path):
     ledger = tmp_path / "ledger"
     killer = Killer(ledger, times=5, seed=4)
     killer.start()
-    recipe = tiny(places.local, tmp_path / "killed", **options, ledger=str(ledger), max_failures=10)
+    recipe = tiny(places.local, tmp_path / "killed", **DETERMINISTIC, ledger=str(ledger), max_failures=10)
     killed = run(recipe, "tiny", quiet())
     assert len(killer.killed) == 5
     found = audit(killed.run_dir)
     assert found.attempts == 6
     assert found.passed, found
     assert [(e.cases, e.once, e.tail, e.finished) for e in found.epochs] == [(55, 52, 3, True)] * 4
-    states = [
-        load_state(outcome.run_dir, read_position(outcome.run_dir).checkpoint, "cpu")["model"]
-        for outcome in (calm, killed)
-    ]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert [row["train_loss"] for row in killed.rows] == pytest.approx([row["train_loss"] for row in calm.rows])
+    weights = weights_of(killed.run_dir)
+    assert weights.keys() == calm.weights.keys()
+    assert all(torch.equal(weights[name], calm.weights[name]) for name in weights)
+    assert [row["train_loss"] for row in killed.rows] == pytest.approx([row["train_loss"] for row in calm.outcome.rows])
 
 
 def test_on_two_ranks_a_kill_leaves_the_loss_curve_as_it_would_have_been(places, tmp_path):
@@ -178,42 +198,29 @@ def test_a_run_goes_on_with_two_then_one_then_three_ranks_and_a_second_signal_en
     assert "lost 0, doubled 0, problems 0" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def done(places, tmp_path_factory):
-    """A recipe that was run for one epoch of 13 steps, with a ledger."""
-    folder = tmp_path_factory.mktemp("done")
-    recipe = tiny(
-        places.local, folder / "run", num_workers=1, epochs=1, evaluate_every=0, ledger=str(folder / "ledger")
-    )
-    run(recipe, "tiny", quiet())
-    return recipe
-
-
-def test_an_audit_finds_a_step_that_the_ledger_lost_and_one_it_has_twice(done, tmp_path, capsys):
-    assert audit(done.run_dir).passed
-    file = next(Path(done.trainer.ledger).glob("*.jsonl"))
+def test_an_audit_finds_a_step_that_the_ledger_lost_and_one_it_has_twice(calm, tmp_path, capsys):
+    run_dir, ledger = calm.outcome.run_dir, calm.recipe.trainer.ledger
+    assert audit(run_dir).passed
+    file = next(Path(ledger).glob("*.jsonl"))
     lines = file.read_text().splitlines()
     copy = tmp_path / file.name
     copy.write_text("\n".join([*lines[:5], *lines[6:]]) + "\n")
-    assert main(["audit", done.run_dir, "--ledger", str(tmp_path)]) == 1
+    assert main(["audit", run_dir, "--ledger", str(tmp_path)]) == 1
     assert "has no record of step 5" in capsys.readouterr().out
     again = json.loads(lines[6]) | {"indices": json.loads(lines[5])["indices"]}
     copy.write_text("\n".join([*lines[:6], json.dumps(again), *lines[7:]]) + "\n")
-    found = audit(done.run_dir, str(tmp_path))
+    found = audit(run_dir, str(tmp_path))
     assert len(found.epochs[0].more) == 4
     assert len(found.epochs[0].never) == 7
 
 
-def test_a_run_folder_is_not_taken_twice_unless_asked_and_not_with_another_recipe(done):
+def test_a_run_folder_is_not_taken_twice_and_not_gone_on_with_by_another_recipe(calm):
     with pytest.raises(ConfigError, match=r"expected no run in .*, found one; go on with it by --trainer\.resume"):
-        run(done, "tiny", quiet())
-    trainer = dataclasses.replace(done.trainer, resume=done.run_dir, epochs=2, ledger=None)
-    other = dataclasses.replace(done.optimizer, learning_rate=1.0)
+        run(calm.recipe, "tiny", quiet())
+    trainer = dataclasses.replace(calm.recipe.trainer, resume=calm.outcome.run_dir, epochs=5)
+    other = dataclasses.replace(calm.recipe.optimizer, learning_rate=1.0)
     with pytest.raises(ConfigError, match="expected the optimizer of the run"):
-        run(dataclasses.replace(done, trainer=trainer, optimizer=other), "tiny", quiet())
-    longer = run(dataclasses.replace(done, trainer=trainer), "tiny", quiet())
-    assert [row["epoch"] for row in longer.rows] == [0, 1]
-    assert [row["step"] for row in longer.rows] == [13, 26]
+        run(dataclasses.replace(calm.recipe, trainer=trainer, optimizer=other), "tiny", quiet())
 
 
 def test_there_must_be_a_run_to_go_on_with(places, tmp_path):

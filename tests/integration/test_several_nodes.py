@@ -36,11 +36,14 @@ def test_data_nodes_read_and_the_gpu_node_trains(found):
     assert found["nodes"]["trained"] == found["gpu"]
 
 
-@pytest.mark.parametrize("run", ["on_gs", "on_files"])
-def test_a_run_of_several_nodes_keeps_its_checkpoints_in_the_bucket(found, run):
-    assert found[run]["epochs"] == 2
-    assert 0 <= found[run]["dice"] <= 1
-    assert "several-nodes/runs/" in found[run]["checkpoint"]
+def test_the_nodes_of_the_ranks_are_watched_for_their_loss_where_there_are_several(found):
+    assert len(found["nodes"]["watched_from"]) == 1
+
+
+def test_a_run_of_several_nodes_reads_a_bucket_and_files_and_keeps_its_checkpoints_in_the_bucket(found):
+    assert found["run"]["epochs"] == 2
+    assert 0 <= found["run"]["dice"] <= 1
+    assert "several-nodes/runs/" in found["run"]["checkpoint"]
 
 
 def test_an_epoch_larger_than_the_object_stores_passes_through_them_without_spilling(found):

@@ -1,11 +1,15 @@
-"""Watching a run: Ray's Prometheus endpoint while it trains, and what it leaves behind to look at."""
+"""A run with bad cases, watched: Ray's Prometheus endpoint while it trains, its quarantine, and what it leaves."""
 
 import dataclasses
+import io
 import json
 import re
 import threading
 import urllib.request
+from pathlib import Path
+from typing import NamedTuple
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 from rich.console import Console
@@ -16,14 +20,17 @@ from ingest.quarantine import BadCaseConfig
 from ingest.stores import open_store
 from ingest.stores.base import StoreConfig
 from tests.integration.test_train import tiny
+from train.audit import audit
 from train.gauges import METRICS, exported_name
-from train.launch import run
+from train.launch import Outcome, run
 from train.monitor import start_monitor
 from train.records import read_events, read_steps
 from train.waits import CAUSES
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 HOSTILE = '"><img src=x onerror=alert(1)>'
+# Numbers of the cases whose labels are bad, and what these cases are called.
+SPOILT = {number: f"case_{number:05d}" for number in (7, 14, 21, 28)} | {4: f"{HOSTILE}4", 9: f"{HOSTILE}9"}
 
 
 class Scraper(threading.Thread):
@@ -54,27 +61,54 @@ def values(text: str, name: str) -> dict[str, float]:
     return {labels: float(value) for labels, value in found if 'run="run-watched"' in labels}
 
 
-def test_a_run_exports_its_metrics_says_why_it_waits_and_leaves_a_page(places, bucket, tmp_path, capsys):
-    root = f"gs://{bucket}/set/"
+class Watched(NamedTuple):
+    """A run of two ranks and two epochs that composes, with six bad labels, and what was seen of it."""
+
+    outcome: Outcome
+    printed: str
+    newest: str
+
+
+@pytest.fixture(scope="module")
+def watched(places, gcs_server, tmp_path_factory) -> Watched:
+    gcs_server.create_bucket("watched")
+    root, folder = "gs://watched/set/", tmp_path_factory.mktemp("watched")
     for role, suffix in (("images", "x"), ("labels", "y")):
         source, target = open_store(f"{places.local}{role}/"), open_store(f"{root}{role}/")
         for number, entry in enumerate(source.list()):
-            body = b"no volume" * 200 if number in (4, 9) and role == "labels" else source.fetch([entry])[0]
-            name = f"{HOSTILE}{number}_{suffix}.npy" if number in (4, 9) else entry.name
+            body = b"no volume" * 200 if number in SPOILT and role == "labels" else source.fetch([entry])[0]
+            name = f"{SPOILT[number]}_{suffix}.npy" if number in SPOILT else entry.name
             target.put(name, body)
-    recipe = tiny(root, tmp_path / "run-watched", epochs=2, evaluate_every=2, tensorboard=True)
-    data = dataclasses.replace(
-        recipe.data,
-        bad=BadCaseConfig(on_bad="quarantine", budget_cases=3),
-        store=StoreConfig(transport="compose"),
-    )
+    recipe = tiny(root, folder / "run-watched", tensorboard=True, ledger=str(folder / "ledger"))
+    bad = BadCaseConfig(on_bad="quarantine", budget_cases=10)
+    data = dataclasses.replace(recipe.data, bad=bad, store=StoreConfig(transport="compose"))
+    printed = io.StringIO()
+    console = Console(file=printed, width=200, soft_wrap=True)
     scraper = Scraper()
     scraper.start()
     try:
-        outcome = run(dataclasses.replace(recipe, data=data), "watched", Console(width=200, soft_wrap=True))
+        outcome = run(dataclasses.replace(recipe, data=data), "watched", console)
     finally:
         scraper.close()
-    printed = capsys.readouterr().out
+    return Watched(outcome, printed.getvalue(), scraper.newest)
+
+
+def test_bad_cases_are_quarantined_counted_and_the_run_goes_on(watched):
+    outcome = watched.outcome
+    table = pq.read_table(Path(outcome.run_dir) / "quarantine.parquet")
+    assert sorted(table["case_id"].to_pylist()) == sorted(SPOILT.values())
+    assert set(table["reason"].to_pylist()) == {"not-npy"}
+    for row in outcome.rows:
+        assert row["scored"] == 9  # one of the six is held out
+        assert row["trained"] + row["tail"] + row["quarantined"] == 55
+        assert row["tail"] < 8
+    found = audit(outcome.run_dir)
+    assert found.passed, found
+    assert found.epochs[1].quarantined == outcome.rows[1]["quarantined"]
+
+
+def test_a_run_exports_its_metrics_says_why_it_waits_and_leaves_a_page(watched):
+    outcome, run_dir = watched.outcome, Path(watched.outcome.run_dir)
     for row in outcome.rows:
         assert list(row["stall_by_cause_s"]) == list(CAUSES)
         causes = {cause: seconds for cause, seconds in row["stall_by_cause_s"].items() if cause != "listing"}
@@ -88,11 +122,11 @@ def test_a_run_exports_its_metrics_says_why_it_waits_and_leaves_a_page(places, b
     assert totals["transforming"] > 0
     assert totals["batching"] > 0
     assert [row["stall_by_cause_s"]["listing"] > 0 for row in outcome.rows] == [True, False]
-    last = re.findall(r"waited for data .*", printed)
+    last = re.findall(r"waited for data .*", watched.printed)
     assert len(last) == 1
-    assert re.search(r"of it\)", printed)
+    assert re.search(r"of it\)", watched.printed)
 
-    found = {name: values(scraper.newest, name) for name in METRICS}
+    found = {name: values(watched.newest, name) for name in METRICS}
     assert {name for name, by_label in found.items() if not by_label} <= {"voxflux_retries"}  # nothing went wrong
     assert sum(found["voxflux_samples"].values()) >= 40
     assert sum(found["voxflux_bytes"].values()) > 1e5
@@ -107,13 +141,13 @@ def test_a_run_exports_its_metrics_says_why_it_waits_and_leaves_a_page(places, b
     assert [record.step for record in records] == list(range(1, outcome.rows[-1]["step"] + 1))
     first, *between, last_event = (event.kind for event in read_events(outcome.run_dir))
     assert (first, {*between}, last_event) == ("start", {"quarantine"}, "end")
-    assert len(list((tmp_path / "run-watched" / "tensorboard").iterdir())) == 1
-    page = (tmp_path / "run-watched" / "report.html").read_text("utf-8")
-    assert outcome.page == str(tmp_path / "run-watched" / "report.html")
+    assert len(list((run_dir / "tensorboard").iterdir())) == 1
+    page = (run_dir / "report.html").read_text("utf-8")
+    assert outcome.page == str(run_dir / "report.html")
     assert "<img src=x" not in page
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
     assert page.count('class="case"') == 3
-    assert json.loads((tmp_path / "run-watched" / "metrics.json").read_text()) == outcome.rows
+    assert json.loads((run_dir / "metrics.json").read_text()) == outcome.rows
 
 
 def test_what_metrics_cost_is_measured_on_all_that_a_run_tells(tmp_path):

@@ -1,0 +1,61 @@
+"""What a run's ranks read, planned from where the run stands.
+
+Ray's controller calls this at each start, in a process of its own: what this module imports, every start waits for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import ray.data
+
+from ingest.manifest import Manifest
+from ingest.pipeline import training_dataset
+from ingest.plan import Indices
+
+from .checkpoint import read_position
+from .flag import given_up
+from .holdout import HELD_OUT
+
+if TYPE_CHECKING:
+    from .loop import LoopJob
+
+DatasetMaker: TypeAlias = "ray.data.Dataset | Callable[[], ray.data.Dataset]"
+
+
+def datasets_of(job: LoopJob, manifest: Manifest, train: Indices) -> dict[str, DatasetMaker]:
+    """What the ranks read, made anew at each start; of neither is anything read before the ranks iterate it."""
+    datasets: dict[str, DatasetMaker] = {"train": functools.partial(planned_dataset, job, manifest, train)}
+    if job.recipe.trainer.evaluate_every:
+        datasets[HELD_OUT] = job.holdout.dataset
+    return datasets
+
+
+def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices) -> ray.data.Dataset:
+    """The training data from where the run stands; Ray's controller calls it at each start and restart.
+
+    Raises:
+        IngestError: why the last start failed, if that does not pass by starting again: Ray then ends the run.
+    """
+    if (reason := given_up(job.stop_flag)) is not None:
+        raise reason
+    trainer = job.recipe.trainer
+    # Where the ranks, or the good cases, are not known beforehand, Ray's equal split cuts what ranks cannot share: to
+    # cut it here too would leave out up to a step twice.
+    known = trainer.max_workers is None and job.quarantine is None
+    multiple = trainer.least_step_cases if known else 1
+    position = read_position(job.run_dir).skip_finished(job.train_cases - job.bad_cases(), trainer.least_step_cases)
+    return training_dataset(
+        manifest,
+        job.recipe.data,
+        first_epoch=position.epoch,
+        consumed=position.before.indices,
+        multiple=multiple,
+        batch=trainer.step_batch,
+        ranks=trainer.num_workers if known else 1,
+        quarantine=job.quarantine,
+        record=job.monitor,
+        candidates=train,
+    )
