@@ -83,9 +83,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
     resumed = checks_of_run_dir(recipe, run_dir)
     preflight.check_space(recipe, run_dir)
     tracking = reach(recipe.trainer.mlflow, run_dir, resumed=resumed)
-    if recipe.trainer.check_resources and not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-        # A Ray that starts here has no more: said before a demo's data is made.
-        preflight.check_cpus(recipe, os.cpu_count() or 1)
+    if recipe.trainer.check_resources and not ray.is_initialized():
+        check_early(recipe)
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
         served = not recipe.data.images and not recipe.data.manifest
@@ -232,6 +231,21 @@ def emulated_filesystem(run_dir: str) -> pyarrow.fs.FileSystem | None:
         endpoint_override=endpoint.rstrip("/"),
         retry_time_limit=timedelta(seconds=30),
     )
+
+
+def check_early(recipe: Recipe) -> None:
+    """What can be known of CPUs and GPUs before a demo's data is made, which takes longer than anybody waits.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        preflight.check_cpus(recipe, os.cpu_count() or 1)  # a Ray that starts here has no more
+    elif not recipe.data.images and not recipe.data.manifest and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        # A look at the cluster: the connection of the run itself has to wait for the server's port. `submit` has asked.
+        with connected_ray():
+            nodes = alive_nodes()
+            preflight.check_cluster(with_readers(recipe, nodes), nodes)
 
 
 @contextlib.contextmanager

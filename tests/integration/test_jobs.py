@@ -98,6 +98,18 @@ with connected_ray():
 """
 
 
+def test_a_demo_for_which_a_cluster_has_no_cpu_is_refused_within_seconds_and_before_its_data_is_made(head, tmp_path):
+    options = ["--trainer.num-workers", "64", "--run-dir", str(tmp_path / "run")]
+    call = [sys.executable, "-m", "train", "run", "demo", *options]
+    started = time.monotonic()
+    done = subprocess.run(call, env=head.env | {"RAY_ADDRESS": head.gcs}, capture_output=True, text=True, timeout=60)
+    took_s = time.monotonic() - started
+    assert done.returncode == 1
+    assert "CPUs" in done.stderr
+    assert "serving" not in done.stdout
+    assert took_s < 10
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
 def test_workers_keep_the_memory_that_they_free_unless_the_user_tunes_the_allocator(head):
     kept, tuned_by_user = (
