@@ -97,8 +97,8 @@ def measured(monitor: Monitor, tree: TreeMeter, config: MetricsConfig, *, epoch:
 def tell_all(monitor: Monitor, config: MetricsConfig, epoch: int) -> None:
     """What an epoch tells the monitor, by the same functions as in a run."""
     steps = config.blocks * config.batches
-    pulses, meter = Pulses(monitor, None, 0, 1), StallMeter()
-    pulses.begin(epoch, meter, steps)
+    pulses, meter = Pulses(monitor, 0, 1), StallMeter()
+    pulses.begin(epoch, meter, steps, lambda: None)
     for step in meter.steps(range(1, steps + 1)):
         if step % config.batches == 1 or config.batches == 1:
             TALLY.begin(epoch)

@@ -22,8 +22,8 @@ from ingest.datasource import PairedVolumeDatasource
 from ingest.errors import ConfigError
 from ingest.index import index_cases
 from ingest.manifest import Manifest
-from ingest.pipeline import DataConfig, TrainingPlan, sample_bytes
-from ingest.plan import Indices, ShardConfig, block_batches, split_holdout
+from ingest.pipeline import DataConfig, sample_bytes
+from ingest.plan import Indices, ShardConfig, TrainingPlan, block_batches, split_holdout
 from ingest.transport import choose_transport
 
 from .child import in_child

@@ -22,7 +22,6 @@ import ray.data
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -35,11 +34,14 @@ from ingest.pipeline import DataConfig, execution_options, training_dataset
 from ingest.stall import StallMeter, StallReport
 from ingest.stores.base import StoreConfig
 from ingest.transport import choose_transport
+from train.ahead import TURNS, EpochBatches
 from train.launch import environment
 from train.loop import Batch, ToTensors, check_epoch
 from train.validate import gather
 
+from .meeting import Meeting
 from .place import Place, opened
+from .profiles import PROFILES
 from .report import Report, Row, meta_of
 
 PASSING_AU = 0.9
@@ -61,35 +63,6 @@ FIELDS = {
     "steps": "{}",
     "epochs": "{}",
     "scale_down": "{:g}",
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Profile:
-    """A known training job, as an accelerator sees it.
-
-    Attributes:
-        pair_kb: KiB of image and label together, before any scaling down.
-        pairs: of the data set that is made for it, before any scaling down; epochs repeat.
-        batch: samples a rank and step.
-        step_s: seconds that an accelerator computes a step.
-        patch: edge of the patch in voxels, before any scaling down.
-        about: whose job it is.
-    """
-
-    pair_kb: int
-    pairs: int
-    batch: int
-    step_s: float
-    patch: int
-    about: str
-
-
-PROFILES = {
-    "demo-v100": Profile(pair_kb=160, pairs=4800, batch=32, step_s=0.21, patch=32, about="Google's demo, 8 V100"),
-    "unet3d-h100": Profile(
-        pair_kb=143_555, pairs=560, batch=7, step_s=0.323, patch=128, about="MLPerf Storage unet3d, 147 MB, H100"
-    ),
 }
 
 
@@ -142,7 +115,7 @@ class UtilizationConfig:
     task_cpus: float = 0.75
     """CPUs that Ray reserves for one read task."""
 
-    prefetch_batches: int = 1
+    prefetch_batches: int = 3
     """Batches made ready ahead of the step."""
 
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
@@ -161,12 +134,14 @@ class EmulatedJob:
     Attributes:
         step_s: seconds of one step's emulated compute; 0 computes nothing.
         epochs: passes over the cases.
+        steps_per_epoch: of each rank.
         batch: samples a step.
         prefetch_batches: as `train.config` has it.
     """
 
     step_s: float
     epochs: int
+    steps_per_epoch: int
     batch: int
     prefetch_batches: int
 
@@ -272,6 +247,7 @@ def measure(
     job = EmulatedJob(
         step_s=step_s,
         epochs=max(2, math.ceil(config.steps / steps_per_epoch)),
+        steps_per_epoch=steps_per_epoch,
         batch=batch,
         prefetch_batches=config.prefetch_batches,
     )
@@ -280,9 +256,17 @@ def measure(
         emulated_loop,
         train_loop_config={"job": job},
         datasets={
-            "train": functools.partial(
-                training_dataset, manifest, data, multiple=config.ranks * batch, batch=batch, ranks=config.ranks
+            name: functools.partial(
+                training_dataset,
+                manifest,
+                data,
+                first_epoch=turn,
+                every=len(TURNS),
+                multiple=config.ranks * batch,
+                batch=batch,
+                ranks=config.ranks,
             )
+            for turn, name in enumerate(TURNS)
         },
         dataset_config=ray.train.DataConfig(execution_options=execution_options()),
         scaling_config=ray.train.ScalingConfig(
@@ -312,31 +296,36 @@ class EmulatedRank:
 
     def run(self) -> RankReport:
         """Sleep through every step."""
-        shard = ray.train.get_dataset_shard("train")
         samples = 0
-        for batch in self.whole.steps(self._batches(shard)):
+        meeting = Meeting(ray.train.get_context().get_world_rank())
+        for batch in self.whole.steps(self._steps()):
             if self.job.step_s:
                 time.sleep(self.job.step_s)
             samples += len(batch["index"])
             with self.whole.aside(), self.epoch.aside():
-                torch.distributed.barrier()
+                meeting.wait()
+        meeting.close()
         return RankReport(whole=self.whole.result(samples=samples), by_epoch=self.by_epoch)
 
-    def _batches(self, shard: ray.data.DataIterator) -> Iterator[Batch]:
+    def _steps(self) -> Iterator[Batch]:
+        epochs = EpochBatches(ray.train.get_dataset_shard, self._batches, first_epoch=0, epochs=self.job.epochs)
         for number in range(self.job.epochs):
             samples = 0
             self.epoch = StallMeter()
-            batches: Any = shard.iter_torch_batches(
-                batch_size=self.job.batch,
-                prefetch_batches=self.job.prefetch_batches,
-                drop_last=True,
-                collate_fn=ToTensors(),
-            )
-            for batch in self.epoch.steps(batches):
+            for batch in self.epoch.steps(epochs.of(number, self.job.steps_per_epoch)):
                 check_epoch(batch, number)
                 samples += len(batch["index"])
                 yield batch
             self.by_epoch.append(self.epoch.result(samples=samples))
+
+    def _batches(self, shard: ray.data.DataIterator) -> Iterator[Batch]:
+        batches: Any = shard.iter_torch_batches(
+            batch_size=self.job.batch,
+            prefetch_batches=self.job.prefetch_batches,
+            drop_last=True,
+            collate_fn=ToTensors(),
+        )
+        yield from batches
 
 
 def row_of(reports: Sequence[RankReport], *, step_s: float, batch: int) -> dict[str, Any]:

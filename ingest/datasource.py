@@ -37,6 +37,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         plan: Callable[[int, Indices], EpochPlan],
         *,
         first_epoch: int = 0,
+        every: int = 1,
         block: int = 1,
         store: StoreConfig | None = None,
         fetch: FetchConfig | None = None,
@@ -51,6 +52,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
             manifest: the cases.
             plan: picklable; gives the plan of an epoch without some cases.
             first_epoch: the epoch of the first execution.
+            every: epochs from one execution to the next.
             block: cases that are handed on together.
             store: how workers open the two places; its transport is resolved.
             fetch: how a read task walks through its shard.
@@ -62,7 +64,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         super().__init__()  # type: ignore[no-untyped-call]
         self._manifest = manifest
         self._plan = plan
-        self._first_epoch = first_epoch
+        self._first_epoch, self._every = first_epoch, every
         self._block = block
         self._store = store or StoreConfig()
         self._fetch = fetch or FetchConfig()
@@ -126,7 +128,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         executions = data_context._execution_idx
         if self._planned is None or self._planned[0] != executions:
             # Kept: were Ray to ask again in the same execution, cases found bad meanwhile must not shift the shards.
-            self._planned = executions, self._plan(self._first_epoch + executions, self._known())
+            self._planned = executions, self._plan(self._first_epoch + executions * self._every, self._known())
         return self._planned[1]
 
     def _known(self) -> Indices:

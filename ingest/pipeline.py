@@ -26,7 +26,7 @@ from .fetch import FetchConfig
 from .layout import read_boxes
 from .manifest import Manifest
 from .pairing import PairingConfig
-from .plan import EpochPlan, Indices, ShardConfig, block_batches, plan_epoch, split_holdout
+from .plan import Indices, ShardConfig, TrainingPlan, block_batches, split_holdout
 from .quarantine import BadCaseConfig, Quarantine, entry_of
 from .slab import Slabs, boxes_of, names_fault
 from .stores.base import StoreConfig
@@ -108,57 +108,12 @@ class DataConfig:
                 raise ConfigError(f"data.label_selector must name labels and plain values; got {key!r}: {value!r}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """Plans any epoch of a run: a picklable function of the epoch and of the cases to leave out.
-
-    Attributes:
-        case_bytes: (N,) int64, bytes of each case by index.
-        candidates: indices to train on; None for all.
-        resumed_epoch: the epoch that `consumed` speaks of.
-        consumed: indices trained on already in that epoch.
-        multiple: each epoch is cut to a multiple of this.
-        batch: cases of a rank's batch.
-        ranks: that blocks are dealt to in turn; 1 where that is not known.
-        batches: of a block.
-    """
-
-    case_bytes: Indices
-    seed: int
-    shards: ShardConfig
-    candidates: Indices | None = None
-    resumed_epoch: int = 0
-    consumed: Indices | None = None
-    multiple: int = 1
-    batch: int = 1
-    ranks: int = 1
-    batches: int = 1
-
-    def __call__(self, epoch: int, left_out: Indices) -> EpochPlan:
-        """The plan of one epoch without these cases."""
-        candidates = self.candidates
-        if len(left_out):
-            everyone = np.arange(len(self.case_bytes)) if candidates is None else candidates
-            candidates = np.setdiff1d(everyone, left_out)
-        return plan_epoch(
-            case_bytes=self.case_bytes,
-            seed=self.seed,
-            epoch=epoch,
-            shards=self.shards,
-            candidates=candidates,
-            consumed=self.consumed if epoch == self.resumed_epoch else None,
-            multiple=self.multiple,
-            batch=self.batch,
-            ranks=self.ranks,
-            batches=self.batches,
-        )
-
-
 def training_dataset(
     manifest: Manifest,
     config: DataConfig,
     *,
     first_epoch: int = 0,
+    every: int = 1,
     consumed: Indices | None = None,
     multiple: int = 1,
     batch: int = 32,
@@ -180,6 +135,7 @@ def training_dataset(
         manifest: the cases.
         config: its store's transport is resolved already.
         first_epoch: the epoch of the first execution.
+        every: epochs from one execution to the next: two data sets that take turns have 2.
         consumed: indices that were trained on already in the first epoch.
         multiple: each epoch is cut to a multiple of this many cases.
         batch: rows of a rank's batch; the last one of an epoch may have fewer.
@@ -222,6 +178,7 @@ def training_dataset(
         manifest,
         plan,
         first_epoch=first_epoch,
+        every=every,
         block=block,
         store=config.store,
         fetch=config.fetch,

@@ -227,3 +227,49 @@ def plan_epoch(
     rest = np.arange(full + short, whole + 1, short) if short else np.zeros(0, dtype=np.int64)
     bounds = np.concatenate([np.asarray([0, *small[:-1]] if small else [], dtype=np.int64), bounds, rest])
     return EpochPlan(epoch, order, bounds, left[whole:])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Plans any epoch of a run: a picklable function of the epoch and of the cases to leave out.
+
+    Attributes:
+        case_bytes: (N,) int64, bytes of each case by index.
+        candidates: indices to train on; None for all.
+        resumed_epoch: the epoch that `consumed` speaks of.
+        consumed: indices trained on already in that epoch.
+        multiple: each epoch is cut to a multiple of this.
+        batch: cases of a rank's batch.
+        ranks: that blocks are dealt to in turn; 1 where that is not known.
+        batches: of a block.
+    """
+
+    case_bytes: Indices
+    seed: int
+    shards: ShardConfig
+    candidates: Indices | None = None
+    resumed_epoch: int = 0
+    consumed: Indices | None = None
+    multiple: int = 1
+    batch: int = 1
+    ranks: int = 1
+    batches: int = 1
+
+    def __call__(self, epoch: int, left_out: Indices) -> EpochPlan:
+        """The plan of one epoch without these cases."""
+        candidates = self.candidates
+        if len(left_out):
+            everyone = np.arange(len(self.case_bytes)) if candidates is None else candidates
+            candidates = np.setdiff1d(everyone, left_out)
+        return plan_epoch(
+            case_bytes=self.case_bytes,
+            seed=self.seed,
+            epoch=epoch,
+            shards=self.shards,
+            candidates=candidates,
+            consumed=self.consumed if epoch == self.resumed_epoch else None,
+            multiple=self.multiple,
+            batch=self.batch,
+            ranks=self.ranks,
+            batches=self.batches,
+        )

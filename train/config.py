@@ -64,8 +64,8 @@ class TrainerConfig:
     torch_threads: int | None = None
     """Compute threads of a rank; None takes its whole CPUs, at least one."""
 
-    prefetch_batches: int = 1
-    """Batches made ready ahead of the step. Small: a buffered batch keeps its whole block in memory."""
+    prefetch_batches: int = 3
+    """Batches made ready ahead of the step. Not many: a buffered batch keeps its whole block in memory."""
 
     max_failures: int = 0
     """Times that the run starts again from its last checkpoint after a failure; -1 for ever."""

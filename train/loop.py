@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import tempfile
 import time
@@ -26,6 +27,7 @@ from ingest.quarantine import Quarantine
 from ingest.stall import StallMeter
 
 from . import checkpoint
+from .ahead import EpochBatches
 from .best import reached
 from .config import Recipe
 from .finite import stop_run
@@ -143,6 +145,12 @@ class RankLoop:
             if self.device.type == "cuda" and state["cuda_random"] is not None:
                 torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
         self.step = self.position.step
+        self.epochs = EpochBatches(
+            ray.train.get_dataset_shard,
+            self.batches,
+            first_epoch=self.position.epoch,
+            epochs=trainer.epochs,
+        )
         start = gather(attempt_name())[0]
         self.ledger = Ledger(
             trainer.ledger,
@@ -154,8 +162,7 @@ class RankLoop:
             checkpoint=self.position.checkpoint,
         )
         self.stop_watch = StopWatch(job.stop_flag, self.device)
-        self.shard = ray.train.get_dataset_shard("train")
-        self.pulses = Pulses(job.monitor, self.shard, self.rank, self.world_size)
+        self.pulses = Pulses(job.monitor, self.rank, self.world_size)
         if self.rank == 0 and job.monitor is not None:
             job.monitor.tell("begin", start, self.world_size, self.position.epoch, self.step, self.position.checkpoint)
 
@@ -180,8 +187,8 @@ class RankLoop:
         self.network.train()
         samples = rate = 0.0
         meter = StallMeter(time.perf_counter)
-        self.pulses.begin(epoch, meter, steps_per_epoch)
-        for batch in meter.steps(self.batches(self.shard)):
+        self.pulses.begin(epoch, meter, steps_per_epoch, functools.partial(self.epochs.shard, epoch))
+        for batch in meter.steps(self.epochs.of(epoch, steps_per_epoch - done)):
             check_epoch(batch, epoch)
             rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
             result = self.take_step(batch["image"], batch["label"], rate)

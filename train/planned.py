@@ -15,6 +15,7 @@ from ingest.manifest import Manifest
 from ingest.pipeline import training_dataset
 from ingest.plan import Indices
 
+from .ahead import TURNS
 from .checkpoint import read_position
 from .flag import given_up
 from .holdout import HELD_OUT
@@ -27,14 +28,23 @@ DatasetMaker: TypeAlias = "ray.data.Dataset | Callable[[], ray.data.Dataset]"
 
 def datasets_of(job: LoopJob, manifest: Manifest, train: Indices) -> dict[str, DatasetMaker]:
     """What the ranks read, made anew at each start; of neither is anything read before the ranks iterate it."""
-    datasets: dict[str, DatasetMaker] = {"train": functools.partial(planned_dataset, job, manifest, train)}
+    turns = TURNS[: job.recipe.trainer.epochs]  # one epoch needs no second data set
+    datasets: dict[str, DatasetMaker] = {
+        name: functools.partial(planned_dataset, job, manifest, train, turn) for turn, name in enumerate(turns)
+    }
     if job.recipe.trainer.evaluate_every:
         datasets[HELD_OUT] = job.holdout.dataset
     return datasets
 
 
-def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices) -> ray.data.Dataset:
+def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices, turn: int = 0) -> ray.data.Dataset:
     """The training data from where the run stands; Ray's controller calls it at each start and restart.
+
+    Args:
+        job: the run.
+        manifest: of all its cases.
+        train: indices to train on.
+        turn: 0 for the first epoch and every second one after it, 1 for the others.
 
     Raises:
         IngestError: why the last start failed, if that does not pass by starting again: Ray then ends the run.
@@ -50,8 +60,9 @@ def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices) -> ray.dat
     return training_dataset(
         manifest,
         job.recipe.data,
-        first_epoch=position.epoch,
-        consumed=position.before.indices,
+        first_epoch=position.epoch + turn,
+        every=len(TURNS),
+        consumed=position.before.indices if turn == 0 else None,
         multiple=multiple,
         batch=trainer.step_batch,
         ranks=trainer.num_workers if known else 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ingest.stall import StallMeter, StallReport
@@ -17,20 +18,27 @@ PULSE_S = 1.0
 class Pulses:
     """One rank's telling; with no monitor it keeps to itself what an epoch's waits were."""
 
-    def __init__(self, monitor: Monitor | None, shard: Any, rank: int, ranks: int) -> None:
+    def __init__(self, monitor: Monitor | None, rank: int, ranks: int) -> None:
         """Begin a start of this rank.
 
         Args:
             monitor: is told; None where there is none.
-            shard: Ray's data iterator, whose account of blocked time is read.
             rank: this one.
             ranks: of this start.
         """
-        self._monitor, self._shard, self._rank, self._ranks = monitor, shard, rank, ranks
+        self._monitor, self._rank, self._ranks = monitor, rank, ranks
         self._epoch: int | None = None
 
-    def begin(self, epoch: int, meter: StallMeter, steps_per_epoch: int) -> None:
-        """An epoch begins; the meter has just been made."""
+    def begin(self, epoch: int, meter: StallMeter, steps_per_epoch: int, shard: Callable[[], Any]) -> None:
+        """An epoch begins.
+
+        Args:
+            epoch: its number.
+            meter: has just been made.
+            steps_per_epoch: about how many it has.
+            shard: gives Ray's data iterator, whose account of blocked time is read, or None while it is not known.
+        """
+        self._shard = shard
         self._epoch, self._meter, self._steps_per_epoch = epoch, meter, steps_per_epoch
         self._started_unix_s = time.time()
         self._steps: list[tuple[int, float, float, float, int]] = []
@@ -38,7 +46,7 @@ class Pulses:
         self._samples = self._samples_told = 0
         self._waited_told_s = 0.0
         self._told = time.monotonic()
-        self._blocked_before = self._blocked_told = blocked_so_far(self._shard)
+        self._blocked_before = self._blocked_told = blocked_so_far(self._shard())
 
     def step(self, *, step: int, done: int, loss: float, learning_rate: float, samples: int) -> None:
         """A step is made, of which the epoch has `done` by now."""
@@ -62,7 +70,7 @@ class Pulses:
         if work.first_task_unix_s is not None:
             # Clocks of two nodes may differ: the first batch bounds it.
             starting_s = min(work.first_task_unix_s - self._started_unix_s, timing.first_batch_s or 0.0)
-        blocked = blocked_so_far(self._shard).since(self._blocked_before)
+        blocked = blocked_so_far(self._shard()).since(self._blocked_before)
         return {
             "wall_s": timing.wall_s,
             "stall_s": timing.wait_s,
@@ -89,7 +97,7 @@ class Pulses:
             for (step, ended_unix_s, loss, rate, samples), (wait_s, compute_s) in zip(self._steps, timed, strict=False)
         ]
         self._steps = self._steps[len(timed) :]
-        blocked, waited_s = blocked_so_far(self._shard), self._meter.waited_s
+        blocked, waited_s = blocked_so_far(self._shard()), self._meter.waited_s
         so_far = self._meter.result(samples=self._samples)
         self._monitor.tell(
             "pulse",

@@ -26,6 +26,7 @@ from ingest.crop import CropConfig
 from ingest.errors import ConfigError
 from ingest.index import index_cases
 from ingest.pipeline import DataConfig, training_dataset
+from ingest.plan import ShardConfig
 from ingest.stores import open_store
 from ingest.testing import make_cases
 from train.config import Recipe, TrainerConfig
@@ -99,7 +100,9 @@ def where() -> dict[str, list[str]]:
 def memory_of(root: str) -> dict[str, object]:
     """Bytes in the object stores while an epoch passes that is larger than they are."""
     manifest = index_cases(f"{root}images", f"{root}labels").manifest
-    data = DataConfig(holdout_fraction=0.0, crop=CropConfig(patch=LARGE[1]), label_selector=DATA_WORKERS)
+    # Of blocks as large as by default a store of this size holds three: where two nodes read unequally, one spills.
+    shards = ShardConfig(block_bytes=8 * 2**20)
+    data = DataConfig(holdout_fraction=0.0, crop=CropConfig(patch=LARGE[1]), label_selector=DATA_WORKERS, shards=shards)
     samples = training_dataset(manifest, data, batch=4)
     state = get_state_from_address(None)
     used: list[int] = []
@@ -107,7 +110,7 @@ def memory_of(root: str) -> dict[str, object]:
 
     def watch() -> None:
         while not done.wait(0.3):
-            used.append(get_memory_info_reply(state).store_stats.object_store_bytes_used)
+            used.append(get_memory_info_reply(state).store_stats.object_store_bytes_primary_copy)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -51,7 +51,7 @@ def test_an_epoch_larger_than_the_object_stores_passes_through_them_without_spil
     assert memory["samples"] == 400
     assert memory["epoch_bytes"] > memory["store_bytes"]
     assert memory["spilled_bytes"] == 0
-    assert 0 < memory["peak_bytes"] < 0.75 * memory["store_bytes"]
+    assert 0 < memory["peak_bytes"] < 0.25 * memory["store_bytes"]  # half of what the two that read have
 
 
 def test_data_nodes_without_a_free_cpu_are_an_error_within_ten_seconds(found):

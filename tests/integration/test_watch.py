@@ -114,9 +114,11 @@ def test_a_run_exports_its_metrics_says_why_it_waits_and_leaves_a_page(watched):
         causes = {cause: seconds for cause, seconds in row["stall_by_cause_s"].items() if cause != "listing"}
         assert sum(causes.values()) == pytest.approx(row["stall_s"], rel=1e-6)
         assert row["stall_s"] <= row["wall_s"]
-        # Ray's own account is private to it: were it not found, everything would be `other`.
-        assert causes["other"] < 0.5 * row["stall_s"], row
-        assert causes["starting"] > 0
+    # Ray's own account is private to it: were it not found, everything would be `other`. Of the epoch that nothing was
+    # begun ahead of; later ones wait for milliseconds.
+    first = outcome.rows[0]
+    assert first["stall_by_cause_s"]["other"] < 0.5 * first["stall_s"], first
+    assert first["stall_by_cause_s"]["starting"] > 0
     totals = {cause: sum(row["stall_by_cause_s"][cause] for row in outcome.rows) for cause in CAUSES}
     assert totals["fetching"] > 0
     assert totals["transforming"] > 0

@@ -1,0 +1,135 @@
+"""The next epoch is begun while the last steps of one are trained: when, from what, and what becomes of errors."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from train.ahead import LEAD_S, TURNS, EpochBatches
+
+WAIT_S = 10.0
+
+
+class Data:
+    """Stands for a trainer's data sets: each epoch that is read from one is noted, and its batches counted out."""
+
+    def __init__(self, batches: int, fails_at: int | None = None) -> None:
+        self.batches, self.fails_at = batches, fails_at
+        self.asked: list[str] = []
+        self.begun: list[str] = []
+        self.changed = threading.Condition()
+
+    def shard_of(self, name: str) -> str:
+        self.asked.append(name)
+        return name
+
+    def read(self, name: str) -> Iterator[str]:
+        with self.changed:
+            self.begun.append(name)
+            number = len(self.begun) - 1
+            self.changed.notify_all()
+        if number == self.fails_at:
+            raise OSError(f"epoch {number} cannot be read")
+        for batch in range(self.batches):
+            yield f"{name} {number}.{batch}"
+
+    def wait_for(self, epochs: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.begun) >= epochs, WAIT_S)
+
+
+class Clock:
+    """Goes on by as much as a step takes."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def epochs_of(data: Data, clock: Clock | None = None, *, first_epoch: int = 0, epochs: int = 2) -> EpochBatches[str]:
+    return EpochBatches(data.shard_of, data.read, first_epoch=first_epoch, epochs=epochs, clock=clock or Clock())
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_two_data_sets_take_turns_and_every_batch_comes_once_and_in_order(first):
+    data = Data(batches=4)
+    epochs = epochs_of(data, first_epoch=first, epochs=first + 3)
+    taken = [list(epochs.of(epoch, 4)) for epoch in range(first, first + 3)]
+    even, odd = TURNS
+    assert taken == [
+        [f"{even} 0.{batch}" for batch in range(4)],
+        [f"{odd} 1.{batch}" for batch in range(4)],
+        [f"{even} 2.{batch}" for batch in range(4)],
+    ]
+    assert data.asked == [even, odd]
+
+
+def test_the_first_epoch_is_begun_before_anybody_asks_for_its_batches():
+    data = Data(batches=1)
+    epochs_of(data)
+    data.wait_for(1)
+
+
+def test_the_next_epoch_is_begun_when_its_lead_is_left_of_this_one_and_not_before():
+    data, clock = Data(batches=100), Clock()
+    epochs = epochs_of(data, clock)
+    step_s = LEAD_S / 10
+    begun_at = None
+    for step, _ in enumerate(epochs.of(0, 100), start=1):
+        if step == 92:
+            data.wait_for(2)
+        if begun_at is None and len(data.begun) == 2:
+            begun_at = step
+        clock.now_s += step_s
+    assert begun_at in (91, 92)  # the thread may take a moment
+
+
+def test_an_epoch_shorter_than_the_lead_still_begins_the_next_before_its_end():
+    data, clock = Data(batches=3), Clock()
+    epochs = epochs_of(data, clock)
+    batches = epochs.of(0, 3)
+    next(batches)
+    clock.now_s += LEAD_S / 100
+    next(batches)
+    data.wait_for(2)
+
+
+def test_an_epoch_with_fewer_steps_than_thought_begins_the_next_at_its_end():
+    data = Data(batches=1)
+    epochs = epochs_of(data)
+    assert len(list(epochs.of(0, 50))) == 1
+    data.wait_for(2)
+    assert len(list(epochs.of(1, 50))) == 1
+
+
+def test_no_epoch_is_begun_after_the_last():
+    data = Data(batches=5)
+    epochs = epochs_of(data, epochs=1)
+    list(epochs.of(0, 5))
+    assert data.asked == [TURNS[0]]
+    assert len(data.begun) == 1
+
+
+def test_what_an_epoch_is_read_from_is_known_once_it_is_begun():
+    data = Data(batches=2)
+    epochs = epochs_of(data, epochs=4)
+    assert epochs.shard(1) is None
+    for epoch in range(3):
+        list(epochs.of(epoch, 2))
+    assert [epochs.shard(epoch) for epoch in range(4)] == [*TURNS, *TURNS]
+
+
+def test_an_error_of_reading_ahead_comes_out_in_the_epoch_that_it_belongs_to():
+    data = Data(batches=3, fails_at=1)
+    epochs = epochs_of(data)
+    assert len(list(epochs.of(0, 3))) == 3
+    with pytest.raises(OSError, match="epoch 1 cannot be read"):
+        next(epochs.of(1, 3))
+
+
+def test_epochs_out_of_turn_are_refused():
+    epochs = epochs_of(Data(batches=1), epochs=3)
+    with pytest.raises(ValueError, match="one after the other, found 1"):
+        next(epochs.of(1, 1))

@@ -1,0 +1,124 @@
+"""A rank's batches, epoch by epoch: the next epoch is begun while the last steps of this one are trained.
+
+Ray begins an epoch of a data set when all ranks have ended the one before: it then ends the old executor, plans, starts
+read tasks and waits for their first blocks, about half a second in which every GPU stands still. So two data sets take
+turns, each for every second epoch, and what Ray does at an epoch's start is done while there is still enough to train
+on. What is read is the same; so is its order.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+from ray.data import DataIterator
+
+T = TypeVar("T")
+
+TURNS = ("train", "train_next")
+"""The names of the two data sets among those of a trainer; the first one has the first epoch."""
+
+LEAD_S = 3.0
+"""Seconds of training that an epoch still has when the next is begun: several times what Ray needs for it, and short
+enough for the bad cases of an epoch to be known before the next is planned, but for those of its last reads."""
+
+
+class EpochBatches(Generic[T]):
+    """One rank's epochs, of which the first is begun at once."""
+
+    def __init__(
+        self,
+        shard_of: Callable[[str], DataIterator],
+        batches: Callable[[DataIterator], Iterable[T]],
+        *,
+        first_epoch: int,
+        epochs: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin.
+
+        Args:
+            shard_of: `ray.train.get_dataset_shard`, which waits for the other ranks. Called from threads.
+            batches: of one epoch of a shard.
+            first_epoch: of this start.
+            epochs: of the run.
+            clock: seconds; handed in for tests.
+        """
+        self._shard_of, self._batches, self._clock = shard_of, batches, clock
+        self._first_epoch, self._epochs = first_epoch, epochs
+        self._shards: dict[str, DataIterator] = {}
+        self._begun: _Epoch[T] | None = None
+        self._begin(first_epoch)
+
+    def shard(self, epoch: int) -> DataIterator | None:
+        """What an epoch is read from; None while that is not known."""
+        return self._shards.get(self._turn(epoch))
+
+    def of(self, epoch: int, steps: int) -> Iterator[T]:
+        """An epoch's batches; the next epoch is begun on the way.
+
+        Args:
+            epoch: the first, or the one after that of the last call.
+            steps: about how many batches it has.
+
+        Raises:
+            Exception: whatever made reading fail, also where it failed ahead of time.
+        """
+        mine, self._begun = self._begun, None
+        if mine is None or mine.number != epoch:
+            raise ValueError(f"expected the epochs one after the other, found {epoch}; begin anew")
+        since_s = 0.0
+        for taken, batch in enumerate(mine.batches(), start=1):
+            if taken == 1:
+                since_s = self._clock()
+            elif self._begun is None and self._left_s(since_s, taken, steps) <= LEAD_S:
+                self._begin(epoch + 1)
+            yield batch
+        if self._begun is None:
+            self._begin(epoch + 1)
+
+    def _left_s(self, since_s: float, taken: int, steps: int) -> float:
+        """Seconds that the epoch still takes, by what its steps took so far."""
+        return (steps - taken + 1) * (self._clock() - since_s) / (taken - 1)
+
+    def _begin(self, epoch: int) -> None:
+        if epoch < self._epochs:
+            self._begun = _Epoch(epoch, functools.partial(self._read, epoch))
+
+    def _read(self, epoch: int) -> Iterator[T]:
+        name = self._turn(epoch)
+        if name not in self._shards:
+            self._shards[name] = self._shard_of(name)
+        return iter(self._batches(self._shards[name]))
+
+    def _turn(self, epoch: int) -> str:
+        return TURNS[(epoch - self._first_epoch) % len(TURNS)]
+
+
+class _Epoch(Generic[T]):
+    """An epoch whose first batch is on its way, in a thread that ends with it or with the process."""
+
+    def __init__(self, number: int, read: Callable[[], Iterator[T]]) -> None:
+        self.number = number
+        self._read = read
+        self._begun: concurrent.futures.Future[tuple[list[T], Iterator[T]]] = concurrent.futures.Future()
+        threading.Thread(target=self._run, name=f"epoch-{number}", daemon=True).start()
+
+    def batches(self) -> Iterator[T]:
+        """All of them."""
+        first, others = self._begun.result()
+        while first:
+            yield first.pop()
+        yield from others
+
+    def _run(self) -> None:
+        try:
+            batches = self._read()
+            self._begun.set_result((list(itertools.islice(batches, 1)), batches))
+        except BaseException as error:  # noqa: BLE001  it is raised where the batches are taken
+            self._begun.set_exception(error)
