@@ -134,9 +134,10 @@ def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str
     what = Work(**{**work, "patch": tuple(work["patch"])})
     pairs, pair_bytes = size_of(what)
     with TreeMeter() as meter, open_loader(loader, what) as epoch:
-        limit = min(pairs, max(what.batch, min(8 * what.batch, pairs // 4)))
+        least = min(pairs, LEAST_BATCHES * what.batch)
         started = time.monotonic()
-        drain(epoch(limit), what)  # starts processes, which import what they need
+        warm = drain(epoch(least), what)  # starts processes, which import what they need
+        limit = fitting(warm, seconds, what.batch, least, min(8 * what.batch, max(least, pairs // 4)))
         warm = drain(epoch(limit), what)
         while time.monotonic() - started < WARM_UP_S:
             warm = drain(epoch(limit), what)
@@ -144,7 +145,7 @@ def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str
         idle_bytes = meter.rss_bytes()
         # Long enough that every process takes part, which a small epoch does not ask of it. No pause before the timed
         # one: Ray ends processes that idle for a second.
-        spent_s, least = warm[2], min(pairs, LEAST_BATCHES * what.batch)
+        spent_s = warm[2]
         while spent_s < seconds:
             warm = drain(epoch(fitting(warm, seconds, what.batch, limit, pairs)), what)
             spent_s += warm[2]

@@ -281,15 +281,18 @@ def measure(
 def emulated_loop(config: Mapping[str, Any]) -> list[RankReport]:
     """What each rank runs; Ray hands back the answer of rank 0, which is every rank's."""
     torch.set_num_threads(1)
-    return gather(EmulatedRank(config["job"]).run())
+    meeting = Meeting(ray.train.get_context().get_world_rank())
+    reports = gather(EmulatedRank(config["job"], meeting).run())
+    meeting.close()
+    return reports
 
 
 class EmulatedRank:
     """One rank's epochs, timed as one run and each by itself."""
 
-    def __init__(self, job: EmulatedJob) -> None:
+    def __init__(self, job: EmulatedJob, meeting: Meeting) -> None:
         """Start the clock of the whole run."""
-        self.job = job
+        self.job, self.meeting = job, meeting
         self.by_epoch: list[StallReport] = []
         self.whole = StallMeter()
         self.epoch = self.whole
@@ -297,14 +300,12 @@ class EmulatedRank:
     def run(self) -> RankReport:
         """Sleep through every step."""
         samples = 0
-        meeting = Meeting(ray.train.get_context().get_world_rank())
         for batch in self.whole.steps(self._steps()):
             if self.job.step_s:
                 time.sleep(self.job.step_s)
             samples += len(batch["index"])
             with self.whole.aside(), self.epoch.aside():
-                meeting.wait()
-        meeting.close()
+                self.meeting.wait()
         return RankReport(whole=self.whole.result(samples=samples), by_epoch=self.by_epoch)
 
     def _steps(self) -> Iterator[Batch]:
