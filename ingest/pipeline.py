@@ -65,7 +65,8 @@ class DataConfig:
     """URI of their labels."""
 
     blocks_in_flight: int | None = None
-    """Read tasks at once over the whole cluster; None leaves it to Ray Data."""
+    """Read tasks of an epoch at once over the whole cluster; None leaves it to Ray Data. The next epoch has as many of
+    its own once it is begun, while the last steps of one are trained."""
 
     task_cpus: float = 1.0
     """CPUs that Ray reserves for one read task."""

@@ -25,11 +25,12 @@ TURNS = ("train", "train_next")
 
 LEAD_S = 3.0
 """Seconds of training that an epoch still has when the next is begun: several times what Ray needs for it, and short
-enough for the bad cases of an epoch to be known before the next is planned, but for those of its last reads."""
+enough for the bad cases of an epoch to be known before the next is planned, but for those of its last reads. Of a short
+epoch it is a quarter, since the next takes part of the CPUs that it is read with."""
 
 
 class EpochBatches(Generic[T]):
-    """One rank's epochs, of which the first is begun at once."""
+    """One rank's epochs."""
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class EpochBatches(Generic[T]):
         epochs: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin.
+        """Hold what reading needs.
 
         Args:
             shard_of: `ray.train.get_dataset_shard`, which waits for the other ranks. Called from threads.
@@ -53,42 +54,50 @@ class EpochBatches(Generic[T]):
         self._first_epoch, self._epochs = first_epoch, epochs
         self._shards: dict[str, DataIterator] = {}
         self._begun: _Epoch[T] | None = None
-        self._begin(first_epoch)
 
     def shard(self, epoch: int) -> DataIterator | None:
         """What an epoch is read from; None while that is not known."""
         return self._shards.get(self._turn(epoch))
 
-    def of(self, epoch: int, steps: int) -> Iterator[T]:
+    @property
+    def begun(self) -> int | None:
+        """The epoch that is begun and not asked for yet."""
+        return None if self._begun is None else self._begun.number
+
+    def begin(self, epoch: int) -> None:
+        """Begin to read an epoch, if it is one of the run's and none is begun."""
+        if self._begun is None and epoch < self._epochs:
+            self._begun = _Epoch(epoch, functools.partial(self._read, epoch))
+
+    def of(self, epoch: int, steps: int, *, ahead: bool = True) -> Iterator[T]:
         """An epoch's batches; the next epoch is begun on the way.
 
         Args:
             epoch: the first, or the one after that of the last call.
             steps: about how many batches it has.
+            ahead: False does not begin the next: where its turn comes late, since held-out cases are scored before,
+                it would take the scoring's CPUs, and Ray ends what nobody takes blocks from for half an hour.
 
         Raises:
             Exception: whatever made reading fail, also where it failed ahead of time.
         """
+        self.begin(epoch)
         mine, self._begun = self._begun, None
         if mine is None or mine.number != epoch:
             raise ValueError(f"expected the epochs one after the other, found {epoch}; begin anew")
         since_s = 0.0
         for taken, batch in enumerate(mine.batches(), start=1):
-            if taken == 1:
-                since_s = self._clock()
-            elif self._begun is None and self._left_s(since_s, taken, steps) <= LEAD_S:
-                self._begin(epoch + 1)
+            since_s = since_s if taken > 1 else self._clock()
+            if ahead and self._is_near_end(steps, taken, self._clock() - since_s):
+                self.begin(epoch + 1)
             yield batch
-        if self._begun is None:
-            self._begin(epoch + 1)
+        if ahead:
+            self.begin(epoch + 1)
 
-    def _left_s(self, since_s: float, taken: int, steps: int) -> float:
-        """Seconds that the epoch still takes, by what its steps took so far."""
-        return (steps - taken + 1) * (self._clock() - since_s) / (taken - 1)
-
-    def _begin(self, epoch: int) -> None:
-        if epoch < self._epochs:
-            self._begun = _Epoch(epoch, functools.partial(self._read, epoch))
+    def _is_near_end(self, steps: int, taken: int, spent_s: float) -> bool:
+        """Whether a batch is the last, or one of the last quarter with less than the lead to go."""
+        left = steps - taken + 1
+        return left <= 1 or (taken > 1 and left <= steps / 4 and left * spent_s / (taken - 1) <= LEAD_S)
 
     def _read(self, epoch: int) -> Iterator[T]:
         name = self._turn(epoch)

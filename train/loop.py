@@ -22,6 +22,7 @@ from ray.data import DataIterator
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from ingest.errors import ConfigError
+from ingest.plan import Indices
 from ingest.progress import EpochPart, EpochRecorder
 from ingest.quarantine import Quarantine
 from ingest.stall import StallMeter
@@ -70,11 +71,17 @@ class LoopJob:
     quarantine: Quarantine | None = None
     monitor: Monitor | None = None
 
-    def bad_cases(self) -> int:
-        """How many of the cases to train on are quarantined by now."""
+    def bad_cases(self) -> Indices:
+        """(q,) int64, which of the cases to train on are quarantined by now."""
         if self.quarantine is None:
-            return 0
-        return len(np.setdiff1d(self.quarantine.indices(), self.holdout.indices))
+            return np.zeros(0, dtype=np.int64)
+        return np.setdiff1d(self.quarantine.indices(), self.holdout.indices)
+
+    def position(self) -> checkpoint.Position:
+        """Where the run stands: in an epoch of which at least a step is left, or at the start of one."""
+        found = checkpoint.read_position(self.run_dir)
+        bad = np.setdiff1d(self.bad_cases(), found.before.indices)  # a case may turn bad after it was trained on
+        return found.skip_finished(self.train_cases - len(bad), self.recipe.trainer.least_step_cases)
 
 
 class ToTensors(NumpyBatchCollateFn):
@@ -133,10 +140,7 @@ class RankLoop:
         self.network.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
         self.take_step = TrainStep(self.network, ray.train.torch.prepare_model(self.network), self.recipe, self.device)
         self.step_cases = trainer.step_batch * self.world_size
-        bad = job.bad_cases()
-        self.position = checkpoint.read_position(job.run_dir).skip_finished(
-            job.train_cases - bad, trainer.least_step_cases
-        )
+        self.position = job.position()
         if self.position.checkpoint is not None:
             state = checkpoint.load_state(job.run_dir, self.position.checkpoint, self.device)
             self.network.load_state_dict(state["model"])
@@ -171,6 +175,7 @@ class RankLoop:
         threshold = self.recipe.trainer.quality_threshold
         if threshold is not None and reached(read_metrics(self.job.run_dir), threshold, self.position.epoch):
             return
+        self.epochs.begin(self.position.epoch)
         before: EpochPart | None = self.position.before
         for epoch in range(self.position.epoch, self.recipe.trainer.epochs):
             finished = self.epoch(epoch, before)
@@ -188,7 +193,8 @@ class RankLoop:
         samples = rate = 0.0
         meter = StallMeter(time.perf_counter)
         self.pulses.begin(epoch, meter, steps_per_epoch, functools.partial(self.epochs.shard, epoch))
-        for batch in meter.steps(self.epochs.of(epoch, steps_per_epoch - done)):
+        evaluates = trainer.evaluates(epoch)
+        for batch in meter.steps(self.epochs.of(epoch, steps_per_epoch - done, ahead=not evaluates)):
             check_epoch(batch, epoch)
             rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
             result = self.take_step(batch["image"], batch["label"], rate)
@@ -219,15 +225,16 @@ class RankLoop:
         barrier()  # an epoch's time ends when the last rank is done, as the AU formula has it
         timing = meter.result(samples=int(samples))
         part = recorder.part()
-        everyones = gather((len(part.indices), part.loss_sum, part.steps))
-        trained, loss_sum, steps = (sum(values) for values in zip(*everyones, strict=True))
+        bad = gather(self.job.bad_cases())[0]  # one answer: the next epoch may be read by now
+        counts = gather((len(part.indices), part.loss_sum, part.steps, len(np.intersect1d(bad, part.indices))))
+        trained, loss_sum, steps, still_good = (sum(values) for values in zip(*counts, strict=True))
         if steps == 0:
             raise ConfigError(
                 f"expected at least one step of {trainer.step_batch} samples a rank in epoch {epoch}, found "
                 f"{self.job.train_cases} cases for {self.world_size} ranks; lower --trainer.batch-size or "
                 "--trainer.accumulate, or add cases"
             )
-        bad = self.job.bad_cases()
+        quarantined = len(bad) - still_good
         waits = self.pulses.end(timing)
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -241,13 +248,13 @@ class RankLoop:
             "au": timing.au,
             "mean_dice": None,
             "trained": trained,
-            "quarantined": bad,
-            "tail": max(0, self.job.train_cases - trained - bad),
+            "quarantined": quarantined,
+            "tail": max(0, self.job.train_cases - trained - quarantined),
             **waits,
         }
         if self.take_step.loss_scale is not None:
             row["loss_scale"] = self.take_step.loss_scale
-        if trainer.evaluates(epoch):
+        if evaluates:
             before_s = time.perf_counter()
             scores = evaluate(
                 self.network,
@@ -260,8 +267,11 @@ class RankLoop:
                 save_scores(self.job.run_dir, epoch, scores)
             row |= {"mean_dice": scores.mean_dice, "dice_by_class": scores.by_class, "scored": scores.cases}
             row["evaluate_s"] = time.perf_counter() - before_s
+        goes_on = reached([row], trainer.quality_threshold, epoch + 1) is None
+        if goes_on:
+            self.epochs.begin(epoch + 1)
         self.save_and_report(EpochPart(epoch + 1, np.zeros(0, dtype=np.int64)), row)
-        return reached([row], trainer.quality_threshold, epoch + 1) is None
+        return goes_on
 
     def batches(self, shard: DataIterator) -> Iterator[Batch]:
         """This rank's batches of one epoch, a step's each, on its device."""

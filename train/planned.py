@@ -16,7 +16,6 @@ from ingest.pipeline import training_dataset
 from ingest.plan import Indices
 
 from .ahead import TURNS
-from .checkpoint import read_position
 from .flag import given_up
 from .holdout import HELD_OUT
 
@@ -56,7 +55,7 @@ def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices, turn: int 
     # cut it here too would leave out up to a step twice.
     known = trainer.max_workers is None and job.quarantine is None
     multiple = trainer.least_step_cases if known else 1
-    position = read_position(job.run_dir).skip_finished(job.train_cases - job.bad_cases(), trainer.least_step_cases)
+    position = job.position()
     return training_dataset(
         manifest,
         job.recipe.data,

@@ -66,33 +66,35 @@ def test_two_data_sets_take_turns_and_every_batch_comes_once_and_in_order(first)
     assert data.asked == [even, odd]
 
 
-def test_the_first_epoch_is_begun_before_anybody_asks_for_its_batches():
+def test_an_epoch_that_is_begun_is_read_before_anybody_asks_for_its_batches():
     data = Data(batches=1)
-    epochs_of(data)
+    epochs = epochs_of(data)
+    assert data.begun == []
+    epochs.begin(0)
+    epochs.begin(0)
     data.wait_for(1)
+    assert list(epochs.of(0, 1)) == [f"{TURNS[0]} 0.0"]
 
 
-def test_the_next_epoch_is_begun_when_its_lead_is_left_of_this_one_and_not_before():
-    data, clock = Data(batches=100), Clock()
+@pytest.mark.parametrize(
+    ("steps", "step_s", "begun"),
+    [
+        (100, LEAD_S / 8, 93),  # eight steps of a long epoch are the lead
+        (100, LEAD_S / 1000, 76),  # the last quarter of an epoch that is shorter than the lead
+        (100, LEAD_S * 2, 100),  # the last step where one takes longer than the lead
+        (3, LEAD_S / 10, 3),
+        (1, LEAD_S / 10, 1),
+    ],
+)
+def test_the_next_epoch_is_begun_when_its_lead_is_left_and_not_before(steps, step_s, begun):
+    data, clock = Data(batches=steps), Clock()
     epochs = epochs_of(data, clock)
-    step_s = LEAD_S / 10
     begun_at = None
-    for step, _ in enumerate(epochs.of(0, 100), start=1):
-        if step == 92:
-            data.wait_for(2)
-        if begun_at is None and len(data.begun) == 2:
+    for step, _ in enumerate(epochs.of(0, steps), start=1):
+        if begun_at is None and epochs.begun == 1:
             begun_at = step
         clock.now_s += step_s
-    assert begun_at in (91, 92)  # the thread may take a moment
-
-
-def test_an_epoch_shorter_than_the_lead_still_begins_the_next_before_its_end():
-    data, clock = Data(batches=3), Clock()
-    epochs = epochs_of(data, clock)
-    batches = epochs.of(0, 3)
-    next(batches)
-    clock.now_s += LEAD_S / 100
-    next(batches)
+    assert begun_at == begun
     data.wait_for(2)
 
 
@@ -104,12 +106,22 @@ def test_an_epoch_with_fewer_steps_than_thought_begins_the_next_at_its_end():
     assert len(list(epochs.of(1, 50))) == 1
 
 
+def test_an_epoch_after_which_something_else_comes_first_begins_no_other():
+    data = Data(batches=3)
+    epochs = epochs_of(data)
+    list(epochs.of(0, 3, ahead=False))
+    assert epochs.begun is None
+    epochs.begin(1)
+    data.wait_for(2)
+
+
 def test_no_epoch_is_begun_after_the_last():
     data = Data(batches=5)
     epochs = epochs_of(data, epochs=1)
     list(epochs.of(0, 5))
-    assert data.asked == [TURNS[0]]
-    assert len(data.begun) == 1
+    epochs.begin(1)
+    assert epochs.begun is None
+    assert data.begun == [TURNS[0]]
 
 
 def test_what_an_epoch_is_read_from_is_known_once_it_is_begun():
@@ -130,6 +142,8 @@ def test_an_error_of_reading_ahead_comes_out_in_the_epoch_that_it_belongs_to():
 
 
 def test_epochs_out_of_turn_are_refused():
-    epochs = epochs_of(Data(batches=1), epochs=3)
+    data = Data(batches=1)
+    epochs = epochs_of(data, epochs=3)
+    epochs.begin(0)
     with pytest.raises(ValueError, match="one after the other, found 1"):
         next(epochs.of(1, 1))

@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from ingest.errors import ConfigError
+from ingest.manifest import Manifest
+from ingest.pipeline import DataConfig
 from ingest.progress import EpochPart
+from ingest.quarantine import QuarantineBook, QuarantineEntry
 from train import checkpoint
 from train.checkpoint import START, Position
+from train.config import Recipe, TrainerConfig
+from train.holdout import Holdout
+from train.loop import LoopJob
 
 
 def indices(*values: int) -> np.ndarray:
@@ -64,6 +70,26 @@ def test_what_is_left_of_an_epoch_is_skipped_when_it_makes_no_step():
     skipped = near_end.skip_finished(train_cases=10, multiple=4)
     assert (skipped.epoch, skipped.step, len(skipped.before.indices)) == (3, 4, 0)
     assert START.skip_finished(train_cases=2, multiple=4) is START
+
+
+@pytest.mark.parametrize(("bad", "epoch"), [([], 2), ([3], 2), ([3, 8], 3), ([9], 2), ([8, 9], 3)])
+def test_a_case_that_turned_bad_after_it_was_trained_on_does_not_count_as_left(tmp_path, bad, epoch):
+    save(tmp_path, "checkpoint_a", epoch=2, step=4, parts=[indices(*range(7))])
+    checkpoint.name_latest(str(tmp_path), "checkpoint_a")
+    book = QuarantineBook(None, 5)
+    for index in bad:
+        book.report(QuarantineEntry(index, f"case {index}", "", "stale", "", 3))
+    data = DataConfig(images="images", labels="labels")
+    recipe = Recipe(data=data, trainer=TrainerConfig(num_workers=1, batch_size=2))
+    job = LoopJob(
+        recipe=recipe,
+        run_dir=str(tmp_path),
+        holdout=Holdout(Manifest.from_cases([], images_uri="", labels_uri=""), indices(9), data),
+        train_cases=9,
+        total_cases=10,
+        quarantine=book,
+    )
+    assert job.position().epoch == epoch  # seven of nine are trained on, and a step takes two
 
 
 def test_a_checkpoint_holds_nothing_that_runs_when_it_is_loaded(tmp_path):
