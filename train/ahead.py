@@ -29,6 +29,12 @@ enough for the bad cases of an epoch to be known before the next is planned, but
 epoch it is a quarter, since the next takes part of the CPUs that it is read with."""
 
 
+MOST_WAITED = 0.05
+"""Share of an epoch's time that ranks may have waited for batches for the next to be begun before the last one. Where
+reading is what holds them up, two epochs at once would only share its CPUs, and of a few CPUs lose some: Ray gives each
+of n data sets a node's free CPUs divided by n, rounded down (1.5 of them are 0 for each of two)."""
+
+
 class EpochBatches(Generic[T]):
     """One rank's epochs."""
 
@@ -85,19 +91,30 @@ class EpochBatches(Generic[T]):
         mine, self._begun = self._begun, None
         if mine is None or mine.number != epoch:
             raise ValueError(f"expected the epochs one after the other, found {epoch}; begin anew")
-        since_s = 0.0
-        for taken, batch in enumerate(mine.batches(), start=1):
-            since_s = since_s if taken > 1 else self._clock()
-            if ahead and self._is_near_end(steps, taken, self._clock() - since_s):
+        batches = mine.batches()
+        since_s = waited_s = 0.0
+        for taken in itertools.count(1):
+            asked_s = self._clock()
+            batch = next(batches, None)
+            if batch is None:
+                break
+            if taken == 1:
+                since_s = self._clock()
+            else:
+                waited_s += self._clock() - asked_s
+            if ahead and self._is_time(steps, taken, self._clock() - since_s, waited_s):
                 self.begin(epoch + 1)
             yield batch
         if ahead:
             self.begin(epoch + 1)
 
-    def _is_near_end(self, steps: int, taken: int, spent_s: float) -> bool:
-        """Whether a batch is the last, or one of the last quarter with less than the lead to go."""
+    def _is_time(self, steps: int, taken: int, spent_s: float, waited_s: float) -> bool:
+        """Whether a batch is the last, or of the last quarter, with less than the lead to go and few waits so far."""
         left = steps - taken + 1
-        return left <= 1 or (taken > 1 and left <= steps / 4 and left * spent_s / (taken - 1) <= LEAD_S)
+        if left <= 1 or taken == 1:
+            return left <= 1
+        near_end = left <= steps / 4 and left * spent_s / (taken - 1) <= LEAD_S
+        return near_end and waited_s <= MOST_WAITED * spent_s
 
     def _read(self, epoch: int) -> Iterator[T]:
         name = self._turn(epoch)

@@ -1,7 +1,7 @@
 """The next epoch is begun while the last steps of one are trained: when, from what, and what becomes of errors."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -13,8 +13,8 @@ WAIT_S = 10.0
 class Data:
     """Stands for a trainer's data sets: each epoch that is read from one is noted, and its batches counted out."""
 
-    def __init__(self, batches: int, fails_at: int | None = None) -> None:
-        self.batches, self.fails_at = batches, fails_at
+    def __init__(self, batches: int, fails_at: int | None = None, wait: Callable[[], None] = lambda: None) -> None:
+        self.batches, self.fails_at, self.wait = batches, fails_at, wait
         self.asked: list[str] = []
         self.begun: list[str] = []
         self.changed = threading.Condition()
@@ -31,6 +31,8 @@ class Data:
         if number == self.fails_at:
             raise OSError(f"epoch {number} cannot be read")
         for batch in range(self.batches):
+            if number == 0:
+                self.wait()
             yield f"{name} {number}.{batch}"
 
     def wait_for(self, epochs: int) -> None:
@@ -46,6 +48,9 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
+
+    def go_on(self, seconds: float) -> None:
+        self.now_s += seconds
 
 
 def epochs_of(data: Data, clock: Clock | None = None, *, first_epoch: int = 0, epochs: int = 2) -> EpochBatches[str]:
@@ -93,9 +98,21 @@ def test_the_next_epoch_is_begun_when_its_lead_is_left_and_not_before(steps, ste
     for step, _ in enumerate(epochs.of(0, steps), start=1):
         if begun_at is None and epochs.begun == 1:
             begun_at = step
-        clock.now_s += step_s
+        clock.go_on(step_s)
     assert begun_at == begun
     data.wait_for(2)
+
+
+@pytest.mark.parametrize(("wait_s", "begun"), [(0.001, 76), (0.01, 100)])
+def test_where_ranks_wait_for_batches_the_next_epoch_is_begun_with_the_last_one_only(wait_s, begun):
+    clock = Clock()
+    data = Data(batches=100, wait=lambda: clock.go_on(wait_s))
+    epochs = epochs_of(data, clock)
+    taken = []
+    for step, _ in enumerate(epochs.of(0, 100), start=1):
+        clock.go_on(0.1)
+        taken += [step] if epochs.begun == 1 else []
+    assert taken[0] == begun
 
 
 def test_an_epoch_with_fewer_steps_than_thought_begins_the_next_at_its_end():
