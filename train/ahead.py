@@ -30,9 +30,9 @@ epoch it is a quarter, since the next takes part of the CPUs that it is read wit
 
 
 MOST_WAITED = 0.05
-"""Share of an epoch's time that ranks may have waited for batches for the next to be begun before the last one. Where
-reading is what holds them up, two epochs at once would only share its CPUs, and of a few CPUs lose some: Ray gives each
-of n data sets a node's free CPUs divided by n, rounded down (1.5 of them are 0 for each of two)."""
+"""Share of the time since the middle of an epoch that ranks may have waited for batches for the next to be begun before
+the last one. Where reading is what holds them up, two epochs at once would only share its CPUs, and of a few CPUs lose
+some: Ray gives each of n data sets a node's free CPUs divided by n, rounded down (1.5 are 0 for each of two)."""
 
 
 class EpochBatches(Generic[T]):
@@ -59,6 +59,7 @@ class EpochBatches(Generic[T]):
         self._shard_of, self._batches, self._clock = shard_of, batches, clock
         self._first_epoch, self._epochs = first_epoch, epochs
         self._shards: dict[str, DataIterator] = {}
+        self._opening = threading.Lock()
         self._begun: _Epoch[T] | None = None
 
     def shard(self, epoch: int) -> DataIterator | None:
@@ -91,36 +92,50 @@ class EpochBatches(Generic[T]):
         mine, self._begun = self._begun, None
         if mine is None or mine.number != epoch:
             raise ValueError(f"expected the epochs one after the other, found {epoch}; begin anew")
-        batches = mine.batches()
+        batches, half = mine.batches(), max(1, steps // 2)
         since_s = waited_s = 0.0
         for taken in itertools.count(1):
             asked_s = self._clock()
             batch = next(batches, None)
             if batch is None:
                 break
-            if taken == 1:
-                since_s = self._clock()
+            now_s = self._clock()
+            if taken <= half:
+                since_s = now_s
             else:
-                waited_s += self._clock() - asked_s
-            if ahead and self._is_time(steps, taken, self._clock() - since_s, waited_s):
+                waited_s += now_s - asked_s
+            if taken == half and epoch + 1 < self._epochs:
+                # Its first use starts a process, which takes longer than an epoch's start.
+                threading.Thread(target=self._open, args=(epoch + 1,), name="open", daemon=True).start()
+            if ahead and self._is_time(steps - taken + 1, steps, taken - half, now_s - since_s, waited_s):
                 self.begin(epoch + 1)
             yield batch
         if ahead:
             self.begin(epoch + 1)
 
-    def _is_time(self, steps: int, taken: int, spent_s: float, waited_s: float) -> bool:
-        """Whether a batch is the last, or of the last quarter, with less than the lead to go and few waits so far."""
-        left = steps - taken + 1
-        if left <= 1 or taken == 1:
+    def _is_time(self, left: int, steps: int, timed: int, spent_s: float, waited_s: float) -> bool:
+        """Whether a batch is the last, or of the last quarter, with less than the lead to go and few waits of late.
+
+        Args:
+            left: batches of the epoch that are not trained on yet.
+            steps: of the epoch.
+            timed: steps of its second half so far.
+            spent_s: seconds that those took.
+            waited_s: seconds of these that were waited for batches.
+        """
+        if left <= 1 or timed < 1:
             return left <= 1
-        near_end = left <= steps / 4 and left * spent_s / (taken - 1) <= LEAD_S
-        return near_end and waited_s <= MOST_WAITED * spent_s
+        return left <= steps / 4 and left * spent_s / timed <= LEAD_S and waited_s <= MOST_WAITED * spent_s
 
     def _read(self, epoch: int) -> Iterator[T]:
+        return iter(self._batches(self._open(epoch)))
+
+    def _open(self, epoch: int) -> DataIterator:
         name = self._turn(epoch)
-        if name not in self._shards:
-            self._shards[name] = self._shard_of(name)
-        return iter(self._batches(self._shards[name]))
+        with self._opening:
+            if name not in self._shards:
+                self._shards[name] = self._shard_of(name)
+        return self._shards[name]
 
     def _turn(self, epoch: int) -> str:
         return TURNS[(epoch - self._first_epoch) % len(TURNS)]

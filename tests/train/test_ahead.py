@@ -20,7 +20,9 @@ class Data:
         self.changed = threading.Condition()
 
     def shard_of(self, name: str) -> str:
-        self.asked.append(name)
+        with self.changed:
+            self.asked.append(name)
+            self.changed.notify_all()
         return name
 
     def read(self, name: str) -> Iterator[str]:
@@ -113,6 +115,28 @@ def test_where_ranks_wait_for_batches_the_next_epoch_is_begun_with_the_last_one_
         clock.go_on(0.1)
         taken += [step] if epochs.begun == 1 else []
     assert taken[0] == begun
+
+
+def test_what_ranks_waited_at_an_epochs_start_does_not_count():
+    clock = Clock()
+    waits = iter([5.0, 2.0] + [0.0] * 98)
+    epochs = epochs_of(Data(batches=100, wait=lambda: clock.go_on(next(waits))), clock)
+    for step, _ in enumerate(epochs.of(0, 100), start=1):
+        clock.go_on(0.1)
+        assert (epochs.begun == 1) == (step >= 76)
+
+
+def test_the_other_data_set_is_opened_in_the_middle_of_the_first_epoch():
+    data = Data(batches=10)
+    epochs = epochs_of(data)
+    batches = epochs.of(0, 10, ahead=False)
+    for _ in range(4):
+        next(batches)
+    assert data.asked == [TURNS[0]]
+    next(batches)
+    with data.changed:
+        assert data.changed.wait_for(lambda: data.asked == list(TURNS), WAIT_S)
+    assert len(data.begun) == 1
 
 
 def test_an_epoch_with_fewer_steps_than_thought_begins_the_next_at_its_end():
