@@ -89,9 +89,13 @@ class EpochBatches(Generic[T]):
             Exception: whatever made reading fail, also where it failed ahead of time.
         """
         self.begin(epoch)
-        mine, self._begun = self._begun, None
+        mine = self._begun
         if mine is None or mine.number != epoch:
-            raise ValueError(f"expected the epochs one after the other, found {epoch}; begin anew")
+            raise ValueError(
+                f"expected epochs one after the other, found {epoch} asked for where {self.begun} is begun, of "
+                f"{self._epochs}; ask for that one first"
+            )
+        self._begun = None
         batches, half = mine.batches(), max(1, steps // 2)
         since_s = waited_s = 0.0
         for taken in itertools.count(1):

@@ -71,17 +71,21 @@ class LoopJob:
     quarantine: Quarantine | None = None
     monitor: Monitor | None = None
 
-    def bad_cases(self) -> Indices:
-        """(q,) int64, which of the cases to train on are quarantined by now."""
+    def bad_cases(self, trained: Indices) -> Indices:
+        """(q,) int64, the cases to train on that are quarantined by now, without those that turned bad once trained on.
+
+        Args:
+            trained: indices of an epoch that were trained on.
+        """
         if self.quarantine is None:
             return np.zeros(0, dtype=np.int64)
-        return np.setdiff1d(self.quarantine.indices(), self.holdout.indices)
+        return np.setdiff1d(np.setdiff1d(self.quarantine.indices(), self.holdout.indices), trained)
 
     def position(self) -> checkpoint.Position:
         """Where the run stands: in an epoch of which at least a step is left, or at the start of one."""
         found = checkpoint.read_position(self.run_dir)
-        bad = np.setdiff1d(self.bad_cases(), found.before.indices)  # a case may turn bad after it was trained on
-        return found.skip_finished(self.train_cases - len(bad), self.recipe.trainer.least_step_cases)
+        left = self.train_cases - len(self.bad_cases(found.before.indices))
+        return found.skip_finished(left, self.recipe.trainer.least_step_cases)
 
 
 class ToTensors(NumpyBatchCollateFn):
@@ -225,16 +229,16 @@ class RankLoop:
         barrier()  # an epoch's time ends when the last rank is done, as the AU formula has it
         timing = meter.result(samples=int(samples))
         part = recorder.part()
-        bad = gather(self.job.bad_cases())[0]  # one answer: the next epoch may be read by now
-        counts = gather((len(part.indices), part.loss_sum, part.steps, len(np.intersect1d(bad, part.indices))))
-        trained, loss_sum, steps, still_good = (sum(values) for values in zip(*counts, strict=True))
+        everyones = gather((len(part.indices), part.loss_sum, part.steps))
+        trained, loss_sum, steps = (sum(values) for values in zip(*everyones, strict=True))
         if steps == 0:
             raise ConfigError(
                 f"expected at least one step of {trainer.step_batch} samples a rank in epoch {epoch}, found "
                 f"{self.job.train_cases} cases for {self.world_size} ranks; lower --trainer.batch-size or "
                 "--trainer.accumulate, or add cases"
             )
-        quarantined = len(bad) - still_good
+        # What every rank says, since each knows of its own part, and the next epoch may be finding more by now.
+        quarantined = len(functools.reduce(np.intersect1d, gather(self.job.bad_cases(part.indices))))
         waits = self.pulses.end(timing)
         row: dict[str, Any] = {
             "epoch": epoch,

@@ -114,6 +114,7 @@ def test_a_run_exports_its_metrics_says_why_it_waits_and_leaves_a_page(watched):
         causes = {cause: seconds for cause, seconds in row["stall_by_cause_s"].items() if cause != "listing"}
         assert sum(causes.values()) == pytest.approx(row["stall_s"], rel=1e-6)
         assert row["stall_s"] <= row["wall_s"]
+        assert causes["other"] < max(0.5 * row["stall_s"], 0.1), row
     # Ray's own account is private to it: were it not found, everything would be `other`. Of the epoch that nothing was
     # begun ahead of; later ones wait for milliseconds.
     first = outcome.rows[0]
