@@ -11,7 +11,7 @@ import ray.data
 import torch
 
 from ingest.manifest import Manifest
-from ingest.pipeline import DataConfig, training_dataset
+from ingest.pipeline import DataConfig, training_dataset, warm_reader
 from train.loop import ToTensors
 
 from .tree import TreeMeter
@@ -56,6 +56,7 @@ def run_epochs(
         meter: of this process tree.
     """
     torch.set_num_threads(1)
+    warm_reader(data.label_selector)
     samples = training_dataset(manifest, data, multiple=ranks * batch, batch=batch, ranks=ranks)
     iterators = samples.streaming_split(ranks, equal=True)
     timings: list[EpochTiming] = []

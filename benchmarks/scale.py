@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import ray.cloudpickle
 from matplotlib.axes import Axes
+from ray.data.context import DataContext
 from rich.console import Console
 
 from ingest.cluster import connected_ray
@@ -159,7 +160,7 @@ def measure_plan(*, cases: int, seed: int) -> dict[str, Any]:
     planner = planner_of(manifest, data, candidates, ranks=2)
     plan_s, plan = timed(lambda: planner(0, np.zeros(0, dtype=np.int64)))
     source = PairedVolumeDatasource(manifest, planner, block=BATCH * planner.batches)
-    tasks_s, tasks = timed(lambda: source.get_read_tasks(2))
+    tasks_s, tasks = timed(lambda: source.get_read_tasks(2, data_context=DataContext.get_current()))
     peak_bytes = peak_rss_bytes() - before_bytes
     assert len(tasks) == plan.num_shards
     return {

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from ray.data.context import DataContext
 from rich.console import Console
 
 from ingest.augment import NO_AUGMENTATION, AugmentConfig, PatchSampler
@@ -158,7 +159,7 @@ def measure_pieces(
     source = PairedVolumeDatasource(
         manifest, planner, block=BATCH * planner.batches, store=data.store, fetch=data.fetch, bad=data.bad
     )
-    tasks = source.get_read_tasks(1)
+    tasks = source.get_read_tasks(1, data_context=DataContext.get_current())
     counts = np.cumsum([task.metadata.num_rows for task in tasks])
     tasks = tasks[: int(np.searchsorted(counts, samples)) + 1]
     samples = int(counts[len(tasks) - 1])

@@ -28,9 +28,10 @@ from rich.console import Console
 from ingest.cluster import connected_ray
 from ingest.crop import CropConfig, Shape
 from ingest.errors import ConfigError
+from ingest.execution import execution_options
 from ingest.index import index_cases
 from ingest.manifest import Manifest
-from ingest.pipeline import DataConfig, execution_options, training_dataset
+from ingest.pipeline import DataConfig, training_dataset
 from ingest.stall import StallMeter, StallReport
 from ingest.stores.base import StoreConfig
 from ingest.transport import choose_transport

@@ -14,14 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 import tyro
-from ray.data import ExecutionOptions
-from ray.data.context import DataContext
 
 from .augment import AugmentConfig, PatchSampler
 from .crop import CropConfig
 from .datasource import PairedVolumeDatasource
 from .decode import DecodeConfig, decode_case
 from .errors import ConfigError, DecodeError
+from .execution import execution_options, made_with
 from .fetch import FetchConfig
 from .layout import read_boxes
 from .manifest import Manifest
@@ -199,20 +198,14 @@ def training_dataset(
     functools.update_wrapper(sample, sample_patches)
     shards = max(1, source.first_shards())
     concurrency = None if config.blocks_in_flight is None else min(config.blocks_in_flight, shards)
-    context = DataContext.get_current()
-    before = context.target_max_block_size, context.execution_options
-    try:
-        # A data set takes a copy of the context as it stands when it is made.
-        context.target_max_block_size = block_target_bytes(config, block, manifest.id_bytes())
-        context.execution_options = execution_options(config.label_selector)
+    block_bytes = block_target_bytes(config, block, manifest.id_bytes())
+    with made_with(execution_options(config.label_selector), block_bytes=block_bytes):
         read = ray.data.read_datasource(
             source,
             override_num_blocks=shards,
             num_cpus=config.task_cpus,
             concurrency=concurrency,
         )
-    finally:
-        context.target_max_block_size, context.execution_options = before
     # batch_size=None and the same resources as the read: what lets Ray fuse the two into one task.
     samples: ray.data.Dataset = read.map_batches(
         sample,
@@ -224,9 +217,20 @@ def training_dataset(
     return samples
 
 
-def execution_options(label_selector: dict[str, str] | None = None) -> ExecutionOptions:
-    """Ray Data's options for a data set of ours: samples in the order of the plan, from nodes with these labels."""
-    return ExecutionOptions(preserve_order=True, label_selector=label_selector or None)
+def warm_reader(label_selector: dict[str, str] | None = None) -> ray.ObjectRef[None]:
+    """Have a worker load what reading needs, before it is asked to read: it takes about as long as planning does.
+
+    Args:
+        label_selector: of the nodes that read.
+
+    Returns:
+        None, once it is done; nobody need wait for it.
+    """
+    return ray.remote(num_cpus=0, label_selector=label_selector or {})(_loaded).remote()
+
+
+def _loaded() -> None:
+    """Nothing: a worker that runs it has loaded this module, and Ray Data with it."""
 
 
 def sample_bytes(config: DataConfig) -> int:

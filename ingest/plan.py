@@ -61,7 +61,7 @@ def split_holdout(seed: int, subjects: Indices, fraction: float) -> tuple[Indice
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-LEAST_SHARDS = 16
+LEAST_SHARDS = 4
 LEAST_BLOCKS = 8
 
 
@@ -70,7 +70,7 @@ class ShardConfig:
     """How large one read task is, and what it hands on at a time."""
 
     shard_cases: int = 384
-    """Cases in one shard at the most; a sixteenth of a smaller epoch, so that many workers have something to do."""
+    """Cases in one shard at the most; a quarter of a smaller epoch, so that several workers have something to do."""
 
     shard_bytes: int = 64 * 2**20
     """Bytes of one shard's objects at the most; a case larger than that is a shard of its own."""

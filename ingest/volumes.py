@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data import ExecutionOptions
 from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
 from ray.data.datasource import ReadTask
 
 from .decode import LabelMap, Volume, decode_case
 from .errors import DecodeError
+from .execution import execution_options, made_with
 from .fetch import RAW_SCHEMA, ShardSpec, read_shard
 from .images import IMAGE_SCHEMA, Image, ImageShard, read_images
 from .manifest import Manifest
@@ -196,17 +196,10 @@ def _dataset(
     task_cpus: float,
     label_selector: dict[str, str] | None = None,
 ) -> ray.data.Dataset:
-    context = DataContext.get_current()
-    before = context.target_max_block_size, context.execution_options
-    try:
-        # A data set takes a copy of the context as it stands when it is made.
-        context.target_max_block_size = target_bytes
-        context.execution_options = ExecutionOptions(label_selector=label_selector or None)
+    with made_with(execution_options(label_selector, in_order=False), block_bytes=target_bytes):
         volumes: ray.data.Dataset = ray.data.read_datasource(
             VolumeDatasource(reads, schema), override_num_blocks=max(1, len(reads)), num_cpus=task_cpus
         )
-    finally:
-        context.target_max_block_size, context.execution_options = before
     return volumes
 
 

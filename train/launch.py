@@ -20,9 +20,10 @@ from rich.console import Console
 from ingest.clean import sweep_run
 from ingest.cluster import connected_ray, environment
 from ingest.errors import ConfigError
+from ingest.execution import execution_options
 from ingest.index import index_cases
 from ingest.manifest import Manifest
-from ingest.pipeline import DataConfig, execution_options
+from ingest.pipeline import DataConfig
 from ingest.plan import Indices
 from ingest.quarantine import summary
 from ingest.quarantine_actor import start_quarantine

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import ray.data
 
 from ingest.manifest import Manifest
-from ingest.pipeline import training_dataset
+from ingest.pipeline import training_dataset, warm_reader
 from ingest.plan import Indices
 
 from .ahead import TURNS
@@ -50,6 +50,8 @@ def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices, turn: int 
     """
     if (reason := given_up(job.stop_flag)) is not None:
         raise reason
+    if turn == 0:
+        warm_reader(job.recipe.data.label_selector)
     trainer = job.recipe.trainer
     # Where the ranks, or the good cases, are not known beforehand, Ray's equal split cuts what ranks cannot share: to
     # cut it here too would leave out up to a step twice.

@@ -1,0 +1,55 @@
+"""The read tasks of an epoch: what Ray counts them by, and what goes to a worker."""
+
+import pickle
+
+import numpy as np
+import pytest
+from ray.data.context import DataContext
+
+from ingest.datasource import PairedVolumeDatasource
+from ingest.manifest import Manifest, cases_of
+from ingest.pairing import Case
+from ingest.plan import ShardConfig, TrainingPlan
+from ingest.stores.base import ObjectMeta
+
+
+def manifest_of(count):
+    def meta(name):
+        return ObjectMeta(name, 1000, 1, 7)
+
+    cases = [Case(f"case_{i:05d}", meta(f"case_{i:05d}_x.npy"), meta(f"case_{i:05d}_y.npy")) for i in range(count)]
+    return Manifest.from_cases(cases, images_uri="file:///images", labels_uri="file:///labels")
+
+
+@pytest.fixture
+def source():
+    manifest = manifest_of(1000)
+    plan = TrainingPlan(case_bytes=manifest.case_bytes(), seed=3, shards=ShardConfig(shard_cases=40))
+    return PairedVolumeDatasource(manifest, plan, first_epoch=2)
+
+
+def test_the_tasks_that_ray_counts_are_as_many_and_as_large_as_those_it_reads(source):
+    counted = [task.metadata for task in source.get_read_tasks(1)]
+    read = [task.metadata for task in source.get_read_tasks(1, data_context=DataContext.get_current().copy())]
+    assert [(each.num_rows, each.size_bytes) for each in counted] == [(each.num_rows, each.size_bytes) for each in read]
+    assert len(counted) == 25
+    assert {each.size_bytes for each in counted} == {40 * 2000}
+
+
+def test_a_task_by_which_ray_only_counts_is_never_taken_for_one_that_has_nothing_to_read(source):
+    with pytest.raises(RuntimeError, match="found it reading those by which it counts"):
+        list(source.get_read_tasks(1)[0]())
+
+
+def test_each_task_carries_its_own_cases_and_no_others_to_the_worker(source):
+    tasks = source.get_read_tasks(1, data_context=DataContext.get_current().copy())
+    specs = [task.read_fn.args[0] for task in tasks]
+    order = np.concatenate([spec.indices for spec in specs])
+    assert sorted(order.tolist()) == list(range(1000))
+    for spec in specs:
+        pickled = pickle.dumps(spec)
+        there = pickle.loads(pickled)  # noqa: S301  it is ours
+        assert cases_of(there.rows) == cases_of(spec.rows)
+        assert [case.case_id for case in cases_of(there.rows)] == [f"case_{i:05d}" for i in spec.indices]
+        assert (there.epoch, there.images_uri, there.block) == (2, "file:///images", 1)
+        assert len(pickled) < 40 * 200  # 1,000 cases would be 25 times as many
