@@ -135,7 +135,7 @@ class StoreConfig:
     """GCS: the project for client calls; None takes the one of the credentials."""
 
     max_in_flight: int | None = None
-    """Requests in flight a process for direct reads; None follows the latency of the bucket, from 8 to 128."""
+    """Requests in flight a process for direct reads; None follows the latency of the bucket, from 32 to 128."""
 
     compose_in_flight: int = 8
     """Composed reads in flight a process; each holds up to `compose_max_bytes`."""
