@@ -24,7 +24,7 @@ class EpochTiming:
     Attributes:
         samples: delivered as tensors.
         wall_s: from asking for it to its last batch.
-        first_batch_s: until the last of the ranks had its first batch.
+        first_batch_s: until the last of the ranks had its first batch; in the first epoch from making the data set on.
         cpu_s: of the whole process tree.
     """
 
@@ -56,14 +56,15 @@ def run_epochs(
         meter: of this process tree.
     """
     torch.set_num_threads(1)
+    asked = time.perf_counter()
     warm_reader(data.label_selector)
     samples = training_dataset(manifest, data, multiple=ranks * batch, batch=batch, ranks=ranks)
     iterators = samples.streaming_split(ranks, equal=True)
     timings: list[EpochTiming] = []
-    for _ in range(epochs):
+    for epoch in range(epochs):
         cpu_s, started = meter.cpu_s(), time.perf_counter()
         found: list[tuple[int, float]] = []
-        consume = _Consumer(batch, prefetch_batches, started, found)
+        consume = _Consumer(batch, prefetch_batches, started if epoch else asked, found)
         threads = [threading.Thread(target=consume, args=(iterator,)) for iterator in iterators[1:]]
         for thread in threads:
             thread.start()

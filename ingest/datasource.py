@@ -144,5 +144,5 @@ class PairedVolumeDatasource(ray.data.Datasource):
 def _only_counted() -> Iterator[pa.Table]:
     raise RuntimeError(
         "expected Ray Data to read the tasks that it asked for with its data context, found it reading those by which "
-        "it counts blocks; take the Ray of constraints.txt"
+        "it counts blocks; take the Ray of constraints.txt, or hand get_read_tasks a data context"
     )

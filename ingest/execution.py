@@ -31,10 +31,12 @@ class PromptLimits(ExecutionCallback):
     """
 
     def __init__(self) -> None:
-        self._until_s = time.monotonic() + PROMPT_S
+        self._until_s: float | None = None
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         """Have limits of nothing asked for again at the next step."""
+        if self._until_s is None:  # from the first step on: this object is made before planning, which may take longer
+            self._until_s = time.monotonic() + PROMPT_S
         if time.monotonic() < self._until_s:
             manager = executor._resource_manager
             if manager is not None and not manager._global_limits.cpu:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -217,20 +218,22 @@ def training_dataset(
     return samples
 
 
-def warm_reader(label_selector: dict[str, str] | None = None) -> ray.ObjectRef[None]:
+def warm_reader(label_selector: dict[str, str] | None = None) -> ray.ObjectRef[int]:
     """Have a worker load what reading needs, before it is asked to read: it takes about as long as planning does.
 
     Args:
         label_selector: of the nodes that read.
 
     Returns:
-        None, once it is done; nobody need wait for it.
+        The worker's process id, once it is done; nobody need wait for it.
     """
-    return ray.remote(num_cpus=0, label_selector=label_selector or {})(_loaded).remote()
+    # A little of a CPU, so that it is not done on a head that has none and never reads.
+    return ray.remote(num_cpus=0.01, label_selector=label_selector or {})(_loaded).remote()
 
 
-def _loaded() -> None:
-    """Nothing: a worker that runs it has loaded this module, and Ray Data with it."""
+def _loaded() -> int:
+    """The process that runs it, and has loaded this module and Ray Data by then."""
+    return os.getpid()
 
 
 def sample_bytes(config: DataConfig) -> int:

@@ -61,7 +61,7 @@ def split_holdout(seed: int, subjects: Indices, fraction: float) -> tuple[Indice
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-LEAST_SHARDS = 4
+LEAST_SHARDS = 8
 LEAST_BLOCKS = 8
 
 
@@ -70,7 +70,9 @@ class ShardConfig:
     """How large one read task is, and what it hands on at a time."""
 
     shard_cases: int = 384
-    """Cases in one shard at the most; a quarter of a smaller epoch, so that several workers have something to do."""
+    """Cases in one shard at the most; an eighth of a smaller epoch, so that several workers have something to do. A
+    task costs Ray about as much CPU as 40 cases of 160 KB; where many CPUs transform few cases at length, take fewer
+    cases."""
 
     shard_bytes: int = 64 * 2**20
     """Bytes of one shard's objects at the most; a case larger than that is a shard of its own."""
@@ -124,7 +126,8 @@ def shard_bounds(sizes: Indices, config: ShardConfig, unit: int = 1) -> Indices:
         (shards + 1,) int64, from 0 to len(sizes), strictly increasing.
     """
     ends = np.cumsum(sizes)
-    most = min(config.shard_cases, max(1, len(sizes) // LEAST_SHARDS))
+    eighth = -(-len(sizes) // LEAST_SHARDS)
+    most = min(config.shard_cases, eighth + -eighth % unit)
     bounds = [0]
     while bounds[-1] < len(sizes):
         start = bounds[-1]

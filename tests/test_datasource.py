@@ -7,15 +7,16 @@ import pytest
 from ray.data.context import DataContext
 
 from ingest.datasource import PairedVolumeDatasource
+from ingest.layout import Known, Layout, known_of
 from ingest.manifest import Manifest, cases_of
 from ingest.pairing import Case
 from ingest.plan import ShardConfig, TrainingPlan
 from ingest.stores.base import ObjectMeta
 
 
-def manifest_of(count):
+def manifest_of(count, generation=1):
     def meta(name):
-        return ObjectMeta(name, 1000, 1, 7)
+        return ObjectMeta(name, 1000, generation, 7)
 
     cases = [Case(f"case_{i:05d}", meta(f"case_{i:05d}_x.npy"), meta(f"case_{i:05d}_y.npy")) for i in range(count)]
     return Manifest.from_cases(cases, images_uri="file:///images", labels_uri="file:///labels")
@@ -53,3 +54,18 @@ def test_each_task_carries_its_own_cases_and_no_others_to_the_worker(source):
         assert [case.case_id for case in cases_of(there.rows)] == [f"case_{i:05d}" for i in spec.indices]
         assert (there.epoch, there.images_uri, there.block) == (2, "file:///images", 1)
         assert len(pickled) < 40 * 200  # 1,000 cases would be 25 times as many
+
+
+def test_shapes_boxes_and_what_is_unknown_get_to_the_worker():
+    box = ((0, 2), (1, 3), (2, 4))
+    known = [None if i % 3 else Known(Layout(128, 128, (4, 5, 6)), ((box,),) * (i % 2)) for i in range(1000)]
+    manifest = manifest_of(1000, generation=None).with_known(known)
+    plan = TrainingPlan(case_bytes=manifest.case_bytes(), seed=3, shards=ShardConfig(shard_cases=40))
+    source = PairedVolumeDatasource(manifest, plan)
+    for task in source.get_read_tasks(1, data_context=DataContext.get_current().copy())[1::8]:
+        spec = task.read_fn.args[0]
+        there = pickle.loads(pickle.dumps(spec))  # noqa: S301  it is ours
+        assert there.rows.equals(spec.rows)
+        assert there.rows.schema == manifest.table.schema
+        assert known_of(there.rows) == known_of(manifest.take(spec.indices))
+        assert {case.image.generation for case in cases_of(there.rows)} == {None}

@@ -194,7 +194,7 @@ def test_put_survives_a_lost_answer(opened: Open, proxy: FaultProxy) -> None:
 @pytest.mark.parametrize(
     ("make", "fault", "transport", "reason"),
     [
-        ([900] * 40, None, "direct", "directly with 8 in flight"),
+        ([900] * 40, None, "direct", "directly with 32 in flight"),
         ([900] * 40, Fault(kind="latency", seconds=0.2, object_pattern=r"^\d+$"), "compose", "with 128 in flight"),
         ([1_500_000] * 2, None, "direct", "1.5 MB"),
         ([900], None, "direct", "fewer than two"),

@@ -43,9 +43,9 @@ def test_no_shard_cuts_a_batch(case_bytes, shard_bytes, shard_cases, batch):
         assert stop - start <= max(batch, shard_cases)
 
 
-def test_a_small_epoch_is_several_shards_and_no_more_since_each_costs_ray_as_much_as_thirty_cases():
-    assert np.diff(shard_bounds(np.full(960, 160_000), ShardConfig(), 32)).tolist() == [224, 224, 224, 224, 64]
-    assert len(shard_bounds(np.full(5, 160_000), ShardConfig())) == 6
+def test_a_small_epoch_is_eight_shards_of_whole_blocks():
+    assert np.diff(shard_bounds(np.full(960, 160_000), ShardConfig(), 32)).tolist() == [128] * 7 + [64]
+    assert np.diff(shard_bounds(np.full(5, 160_000), ShardConfig())).tolist() == [1] * 5
 
 
 @given(sizes, st.integers(1, 16), st.data())
