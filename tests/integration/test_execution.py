@@ -52,10 +52,10 @@ def test_the_settings_of_a_data_set_are_its_own_and_outlive_a_split_of_it(ray_he
         contextlib.suppress(ZeroDivisionError),
         made_with(execution_options(in_order=False), block_bytes=7),
     ):
-        naps = ray.data.read_datasource(Naps(), override_num_blocks=2)
+        rows = ray.data.range(4)
         raise ZeroDivisionError
     assert DataContext.get_current().custom_execution_callback_classes == before
-    (split,) = naps.streaming_split(1)
+    (split,) = rows.streaming_split(1)
     context = split.get_context()
     assert context.custom_execution_callback_classes == [*before, PromptLimits]
     assert context.target_max_block_size == 7
