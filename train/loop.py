@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,11 @@ class LoopJob:
         found = checkpoint.read_position(self.run_dir)
         left = self.train_cases - len(self.bad_cases(found.before.indices))
         return found.skip_finished(left, self.recipe.trainer.least_step_cases)
+
+
+def bad_on_all(by_rank: Sequence[Indices]) -> int:
+    """How many cases of an epoch are bad by what each rank says: one that a rank trained on is not among its own."""
+    return len(functools.reduce(np.intersect1d, by_rank))
 
 
 class ToTensors(NumpyBatchCollateFn):
@@ -238,7 +243,7 @@ class RankLoop:
                 "--trainer.accumulate, or add cases"
             )
         # What every rank says, since each knows of its own part, and the next epoch may be finding more by now.
-        quarantined = len(functools.reduce(np.intersect1d, gather(self.job.bad_cases(part.indices))))
+        quarantined = bad_on_all(gather(self.job.bad_cases(part.indices)))
         waits = self.pulses.end(timing)
         row: dict[str, Any] = {
             "epoch": epoch,

@@ -16,7 +16,7 @@ from train import checkpoint
 from train.checkpoint import START, Position
 from train.config import Recipe, TrainerConfig
 from train.holdout import Holdout
-from train.loop import LoopJob
+from train.loop import LoopJob, bad_on_all
 
 
 def indices(*values: int) -> np.ndarray:
@@ -70,6 +70,12 @@ def test_what_is_left_of_an_epoch_is_skipped_when_it_makes_no_step():
     skipped = near_end.skip_finished(train_cases=10, multiple=4)
     assert (skipped.epoch, skipped.step, len(skipped.before.indices)) == (3, 4, 0)
     assert START.skip_finished(train_cases=2, multiple=4) is START
+
+
+def test_a_case_that_one_rank_trained_on_before_it_turned_bad_is_not_counted_as_quarantined():
+    assert bad_on_all([indices(3, 8), indices(8)]) == 1  # the second rank trained on 3
+    assert bad_on_all([indices(3, 8), indices(3, 8)]) == 2
+    assert bad_on_all([indices(3), indices(8)]) == 0
 
 
 @pytest.mark.parametrize(("bad", "epoch"), [([], 2), ([3], 2), ([3, 8], 3), ([9], 2), ([8, 9], 3)])
