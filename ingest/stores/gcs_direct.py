@@ -25,6 +25,9 @@ from .gcs_clients import authorization, curl_pool, google_blob, google_client, o
 from .gcs_errors import AbsentError, RefusalError, call, status_of
 from .retry import PassingError
 
+IN_FLIGHT = 32
+"""Requests in flight a process where neither the configuration nor a probe says how many."""
+
 
 class Ask(NamedTuple):
     """An object, or the part of it from the first to before the second byte of `span`."""
@@ -259,4 +262,4 @@ def _is_plain(key: str) -> bool:
 
 
 def _in_flight(config: StoreConfig) -> int:
-    return config.max_in_flight or 32
+    return config.max_in_flight or IN_FLIGHT

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from ..errors import ObjectError, StoreError
 from .base import ObjectMeta
 from .gcs_compose import OBJECTS_PER_COMPOSITE, ComposeReader
-from .gcs_direct import DirectReader
+from .gcs_direct import IN_FLIGHT, DirectReader
 
 if TYPE_CHECKING:
     from .gcs import BucketFacts
@@ -22,7 +22,7 @@ COMPOSE_BELOW_BYTES = 1_000_000
 # server, and composed FACTS section 10.
 DIRECT_CPU_RATE = 8000.0
 COMPOSE_CPU_RATE = 2700.0
-FEWEST_IN_FLIGHT, MOST_IN_FLIGHT = 32, 128
+FEWEST_IN_FLIGHT, MOST_IN_FLIGHT = IN_FLIGHT, 128
 COMPOSE_GAIN = 1.25
 """Composing writes to the bucket: it must bring so many times what direct reads do."""
 
