@@ -1,4 +1,4 @@
-"""Epochs of the real pipeline, consumed as Ray Train's ranks do, without a trainer: for what a sample costs."""
+"""The real pipeline, consumed as Ray Train's ranks do, without a trainer: for what a sample costs."""
 
 from __future__ import annotations
 
@@ -12,59 +12,64 @@ import torch
 
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, training_dataset, warm_reader
+from ingest.plan import epochs_together
 from train.loop import ToTensors
 
 from .tree import TreeMeter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EpochTiming:
-    """One epoch over all ranks.
+class Timing:
+    """One execution of Ray Data over all ranks: an epoch, or as many as a run reads on end between two scorings.
 
     Attributes:
+        epochs: of it.
         samples: delivered as tensors.
         wall_s: from asking for it to its last batch.
-        first_batch_s: until the last of the ranks had its first batch; in the first epoch from making the data set on.
+        first_batch_s: until the last of the ranks had its first batch; in the first one from making the data set on.
         cpu_s: of the whole process tree.
     """
 
+    epochs: int
     samples: int
     wall_s: float
     first_batch_s: float
     cpu_s: float
 
 
-def run_epochs(
+def run_executions(
     manifest: Manifest,
     data: DataConfig,
     *,
     ranks: int,
     batch: int,
-    epochs: int,
+    executions: int,
     prefetch_batches: int = 1,
     meter: TreeMeter,
-) -> list[EpochTiming]:
-    """Train nothing on so many epochs, with the ranks as threads of this process; Ray must be up.
+) -> list[Timing]:
+    """Train nothing on so many executions, with the ranks as threads of this process; Ray must be up.
 
     Args:
         manifest: the cases.
         data: its store's transport is resolved.
         ranks: consumers that share each epoch equally, as Ray Train splits it.
         batch: samples a step and rank.
-        epochs: how many.
+        executions: how many.
         prefetch_batches: as `train.config` has it.
         meter: of this process tree.
     """
     torch.set_num_threads(1)
     asked = time.perf_counter()
     warm_reader(data.label_selector)
-    samples = training_dataset(manifest, data, multiple=ranks * batch, batch=batch, ranks=ranks)
+    together = epochs_together(manifest.case_bytes(), data.shards)
+    epochs = [range(number * together, (number + 1) * together) for number in range(executions)]
+    samples = training_dataset(manifest, data, executions=epochs, multiple=ranks * batch, batch=batch, ranks=ranks)
     iterators = samples.streaming_split(ranks, equal=True)
-    timings: list[EpochTiming] = []
-    for epoch in range(epochs):
+    timings: list[Timing] = []
+    for execution in range(executions):
         cpu_s, started = meter.cpu_s(), time.perf_counter()
         found: list[tuple[int, float]] = []
-        consume = _Consumer(batch, prefetch_batches, started if epoch else asked, found)
+        consume = _Consumer(batch, prefetch_batches, started if execution else asked, found)
         threads = [threading.Thread(target=consume, args=(iterator,)) for iterator in iterators[1:]]
         for thread in threads:
             thread.start()
@@ -72,9 +77,10 @@ def run_epochs(
         for thread in threads:
             thread.join()
         if len(found) != ranks:
-            raise RuntimeError(f"expected {ranks} ranks to end the epoch, found {len(found)}; the error stands above")
+            raise RuntimeError(f"expected {ranks} ranks to end the execution, found {len(found)}; see the error above")
         timings.append(
-            EpochTiming(
+            Timing(
+                epochs=together,
                 samples=sum(count for count, _ in found),
                 wall_s=time.perf_counter() - started,
                 first_batch_s=max(first_s for _, first_s in found),
@@ -86,7 +92,7 @@ def run_epochs(
 
 @dataclasses.dataclass(frozen=True)
 class _Consumer:
-    """What one rank does in one epoch: takes its batches as tensors, and counts."""
+    """What one rank does in one execution: takes its batches as tensors, and counts."""
 
     batch: int
     prefetch_batches: int

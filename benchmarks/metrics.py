@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -102,8 +103,8 @@ def tell_all(monitor: Monitor, config: MetricsConfig, epoch: int) -> None:
     for step in meter.steps(range(1, steps + 1)):
         if step % config.batches == 1 or config.batches == 1:
             TALLY.begin(epoch)
-        TALLY.fetched(bytes_read=BATCH * SAMPLE_BYTES, waited_s=0.001)
-        TALLY.transformed(samples=BATCH, seconds=0.001)
+        TALLY.fetched(epoch, bytes_read=BATCH * SAMPLE_BYTES, waited_s=0.001)
+        TALLY.transformed(np.full(BATCH, epoch), 0.001)
         pulses.step(step=step, done=step, loss=0.5, learning_rate=0.1, samples=BATCH)
         if step % config.batches == 0:
             TALLY.tell(monitor, now=True)

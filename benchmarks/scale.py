@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +23,11 @@ from ingest.errors import ConfigError
 from ingest.index import index_cases
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, sample_bytes
-from ingest.plan import Indices, ShardConfig, TrainingPlan, block_batches, split_holdout
+from ingest.plan import Indices, ShardConfig, TrainingPlan, block_batches, epochs_together, split_holdout
 from ingest.transport import choose_transport
 
 from .child import in_child
-from .epochs import run_epochs
+from .epochs import run_executions
 from .place import patch_of, side_of
 from .report import Report, Row, meta_of, spread
 from .synthetic import linked_cases, synthetic_manifest
@@ -57,12 +56,13 @@ COST_FIELDS = {
     "shards": "{:,}",
     "ranks": "{}",
     "epochs": "{}",
+    "executions": "{}",
     "cpu_us_per_sample": "{:,.0f}",
     "cpu_us_low": "{:,.0f}",
     "cpu_us_high": "{:,.0f}",
     "samples_per_s": "{:,.0f}",
     "first_batch_s": "{:.2f}",
-    "next_epoch_first_batch_s": "{:.2f}",
+    "next_first_batch_s": "{:.2f}",
 }
 
 
@@ -100,8 +100,9 @@ class ScaleConfig:
     ranks: tuple[int, ...] = (1, 4)
     """Ranks, beside two."""
 
-    least_samples: int = 20_000
-    """Samples that each measurement takes at least, over as many whole epochs after a first one."""
+    least_samples: int = 40_000
+    """Samples that each measurement takes, or so: whole executions of Ray Data, after a first one. Each is an epoch, or
+    as many smaller ones as a run reads on end."""
 
     def __post_init__(self) -> None:
         for name in ("plan_cases", "cost_cases", "shard_cases", "ranks"):
@@ -158,8 +159,9 @@ def measure_plan(*, cases: int, seed: int) -> dict[str, Any]:
     holdout_s, (candidates, _) = timed(lambda: split_holdout(seed, manifest.subjects(), 0.1))
     data = DataConfig(seed=seed, crop=CropConfig(patch=(32, 32, 32)))
     planner = planner_of(manifest, data, candidates, ranks=2)
-    plan_s, plan = timed(lambda: planner(0, np.zeros(0, dtype=np.int64)))
-    source = PairedVolumeDatasource(manifest, planner, block=BATCH * planner.batches)
+    epochs = range(epochs_together(manifest.case_bytes()[candidates], data.shards))
+    plan_s, plan = timed(lambda: planner(epochs, np.zeros(0, dtype=np.int64)))
+    source = PairedVolumeDatasource(manifest, planner, executions=[epochs], block=BATCH * planner.batches)
     tasks_s, tasks = timed(lambda: source.get_read_tasks(2, data_context=DataContext.get_current()))
     peak_bytes = peak_rss_bytes() - before_bytes
     assert len(tasks) == plan.num_shards
@@ -180,15 +182,17 @@ def measure_plan(*, cases: int, seed: int) -> dict[str, Any]:
 
 def planner_of(manifest: Manifest, data: DataConfig, candidates: Indices, *, ranks: int) -> TrainingPlan:
     """What plans the epochs of such a run, as `training_dataset` has it."""
+    sizes = manifest.case_bytes()
+    cases = len(candidates) * epochs_together(sizes[candidates], data.shards)
     return TrainingPlan(
-        case_bytes=manifest.case_bytes(),
+        case_bytes=sizes,
         seed=data.seed,
         shards=data.shards,
         candidates=candidates,
         multiple=ranks * BATCH,
         batch=BATCH,
         ranks=ranks,
-        batches=block_batches(len(candidates), BATCH, ranks, BATCH * sample_bytes(data), data.shards),
+        batches=block_batches(cases, BATCH, ranks, BATCH * sample_bytes(data), data.shards),
     )
 
 
@@ -227,7 +231,7 @@ def measure_costs(config: ScaleConfig, console: Console) -> list[Row]:
                     patch=patch,
                     shard_cases=shard_cases,
                     ranks=ranks,
-                    epochs=1 + max(1, round(config.least_samples / cases)),
+                    least_samples=config.least_samples,
                     seed=config.seed,
                 )
             )
@@ -235,9 +239,9 @@ def measure_costs(config: ScaleConfig, console: Console) -> list[Row]:
 
 
 def measure_cost(
-    *, manifest_uri: str, patch: Sequence[int], shard_cases: int, ranks: int, epochs: int, seed: int
+    *, manifest_uri: str, patch: Sequence[int], shard_cases: int, ranks: int, least_samples: int, seed: int
 ) -> dict[str, Any]:
-    """In a process of its own: epochs of a data set; the first one is cold, and its samples' cost does not count."""
+    """In a process of its own: executions of a data set; the first one is cold, its samples' cost does not count."""
     depth, height, width = patch
     data = DataConfig(
         seed=seed,
@@ -247,22 +251,25 @@ def measure_cost(
     )
     with connected_ray(), TreeMeter() as meter:
         load_s, (manifest, data) = timed(lambda: _opened(manifest_uri, data))
-        timings = run_epochs(manifest, data, ranks=ranks, batch=BATCH, epochs=epochs, meter=meter)
+        together = epochs_together(manifest.case_bytes(), data.shards)
+        executions = 1 + max(1, round(least_samples / (together * len(manifest))))
+        timings = run_executions(manifest, data, ranks=ranks, batch=BATCH, executions=executions, meter=meter)
     planner = planner_of(manifest, data, np.arange(len(manifest)), ranks=ranks)
     cpu_us = spread([timing.cpu_s / timing.samples * 1e6 for timing in timings[1:]])
     return {
         "kind": "cost",
         "cases": len(manifest),
-        "shards": planner(0, np.zeros(0, dtype=np.int64)).num_shards,
+        "shards": planner(range(together), np.zeros(0, dtype=np.int64)).num_shards,
         "shard_cases": shard_cases,
         "ranks": ranks,
-        "epochs": epochs - 1,
+        "epochs": together,
+        "executions": executions - 1,
         "cpu_us_per_sample": cpu_us["median"],
         "cpu_us_low": cpu_us["low"],
         "cpu_us_high": cpu_us["high"],
         "samples_per_s": spread([timing.samples / timing.wall_s for timing in timings[1:]])["median"],
         "first_batch_s": load_s + timings[0].first_batch_s,
-        "next_epoch_first_batch_s": spread([timing.first_batch_s for timing in timings[1:]])["median"],
+        "next_first_batch_s": spread([timing.first_batch_s for timing in timings[1:]])["median"],
     }
 
 
@@ -291,25 +298,17 @@ def verdicts(plans: Sequence[Row], costs: Sequence[Row]) -> list[str]:
     ladder = ladder_of(costs)
     if len(ladder) > 1:
         per_sample = [row["cpu_us_per_sample"] for row in ladder]
-        rise = per_sample[-1] / per_sample[0] - 1
+        spread_of_all = max(per_sample) / min(per_sample) - 1
         lines.append(
-            f"CPU a sample from {ladder[0]['cases']:,} to {ladder[-1]['cases']:,} cases: {per_sample[0]:,.0f} to "
-            f"{per_sample[-1]:,.0f} us, {rise:+.0%}; flat within {FLAT_WITHIN:.0%}: {_word(abs(rise) <= FLAT_WITHIN)}"
-        )
-    if len(ladder) > 2:
-        first, second = (marginal_us(*pair) for pair in itertools.pairwise(ladder))
-        rise = second / first - 1
-        start_s = (ladder[0]["cpu_us_per_sample"] - first) * ladder[0]["cases"] / 1e6
-        lines.append(
-            f"of which each epoch's start is about {max(0.0, start_s):.2f} s of CPU whatever its size; a further "
-            f"sample costs {first:,.0f} us up to {ladder[1]['cases']:,} cases and {second:,.0f} us above, {rise:+.0%}; "
-            f"flat within {FLAT_WITHIN:.0%}: {_word(abs(rise) <= FLAT_WITHIN)}"
+            f"CPU a sample from {ladder[0]['cases']:,} to {ladder[-1]['cases']:,} cases: "
+            f"{', '.join(f'{us:,.0f}' for us in per_sample)} us, the most {spread_of_all:.0%} above the least; flat "
+            f"within {FLAT_WITHIN:.0%}: {_word(spread_of_all <= FLAT_WITHIN)}"
         )
     for row in ladder[-1:]:
-        held = row["first_batch_s"] <= 3 and row["next_epoch_first_batch_s"] <= 1
+        held = row["first_batch_s"] <= 3 and row["next_first_batch_s"] <= 1
         lines.append(
-            f"first batch of {row['cases']:,} cases {row['first_batch_s']:.2f} s after Ray is up, of later epochs "
-            f"{row['next_epoch_first_batch_s']:.2f} s; target for 100,000: 3 s and 1 s: {_word(held)}"
+            f"first batch of {row['cases']:,} cases {row['first_batch_s']:.2f} s after Ray is up, of later ones "
+            f"{row['next_first_batch_s']:.2f} s; target for 100,000: 3 s and 1 s: {_word(held)}"
         )
     return lines
 
@@ -320,12 +319,6 @@ def ladder_of(costs: Sequence[Row]) -> list[Row]:
     return sorted(
         (row for row in costs if row["shard_cases"] == default and row["ranks"] == 2), key=lambda row: row["cases"]
     )
-
-
-def marginal_us(fewer: Mapping[str, Any], more: Mapping[str, Any]) -> float:
-    """CPU microseconds of each case that an epoch of `more` has beyond one of `fewer`."""
-    whole = [row["cpu_us_per_sample"] * row["cases"] for row in (fewer, more)]
-    return float((whole[1] - whole[0]) / (more["cases"] - fewer["cases"]))
 
 
 def _word(held: bool) -> str:
@@ -345,5 +338,5 @@ def draw(axes: Axes, costs: Sequence[Row]) -> None:
         axes.errorbar([row["cases"] for row in ladder], middle, [middle - low, high - middle], marker="o", capsize=4)
         if len(costs) > len(ladder):
             axes.legend(fontsize="small")
-    axes.set(xscale="log", xlabel="cases", ylabel="CPU us a sample", title="What a sample costs, whole epochs")
+    axes.set(xscale="log", xlabel="cases", ylabel="CPU us a sample", title="What a sample costs")
     axes.set_ylim(bottom=0)

@@ -35,7 +35,7 @@ from ingest.transport import choose_transport
 from train.loop import ToTensors
 
 from .child import in_child
-from .epochs import run_epochs
+from .epochs import run_executions
 from .place import opened
 from .report import Report, Row, meta_of
 from .scale import planner_of
@@ -163,7 +163,7 @@ def measure_pieces(
     counts = np.cumsum([task.metadata.num_rows for task in tasks])
     tasks = tasks[: int(np.searchsorted(counts, samples)) + 1]
     samples = int(counts[len(tasks) - 1])
-    cases = cases_of(manifest.take(planner(0, np.zeros(0, dtype=np.int64)).order[:samples]))
+    cases = cases_of(manifest.take(planner((0,), np.zeros(0, dtype=np.int64)).order[:samples]))
     images, labels = open_store(manifest.images_uri, data.store), open_store(manifest.labels_uri, data.store)
     chunk = data.fetch.chunk_cases
 
@@ -234,10 +234,12 @@ def cpu_s_of(piece: Callable[[], object]) -> float:
 def measure_whole(
     *, manifest_uri: str, transport: Transport, patch: Sequence[int], rounds: int, seed: int
 ) -> dict[str, list[float]]:
-    """In a process of its own: the pipeline in Ray; CPU milliseconds a sample, and samples/s, one figure an epoch."""
+    """In a process of its own: the pipeline in Ray; CPU ms a sample, and samples/s, one figure an execution."""
     manifest, data = settled(manifest_uri, transport, patch, seed)
     with connected_ray(), TreeMeter() as meter:
-        timings = run_epochs(manifest, data, ranks=RANKS, batch=BATCH, epochs=rounds + 1, meter=meter)[1:]
+        timings = run_executions(manifest, data, ranks=RANKS, batch=BATCH, executions=1 + -(-rounds // 2), meter=meter)[
+            1:
+        ]
     return {
         "cpu_ms": [timing.cpu_s / timing.samples * 1e3 for timing in timings],
         "samples_per_s": [timing.samples / timing.wall_s for timing in timings],

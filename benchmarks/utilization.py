@@ -31,11 +31,12 @@ from ingest.errors import ConfigError
 from ingest.execution import execution_options
 from ingest.index import index_cases
 from ingest.manifest import Manifest
-from ingest.pipeline import DataConfig, training_dataset
+from ingest.pipeline import DataConfig, training_dataset, warm_reader
+from ingest.plan import epochs_together
 from ingest.stall import StallMeter, StallReport
 from ingest.stores.base import StoreConfig
 from ingest.transport import choose_transport
-from train.ahead import TURNS, EpochBatches
+from train.ahead import TURNS, EpochBatches, executions_of
 from train.launch import environment
 from train.loop import Batch, ToTensors, check_epoch
 from train.validate import gather
@@ -63,6 +64,7 @@ FIELDS = {
     "batch": "{}",
     "steps": "{}",
     "epochs": "{}",
+    "executions": "{}",
     "scale_down": "{:g}",
 }
 
@@ -135,6 +137,7 @@ class EmulatedJob:
     Attributes:
         step_s: seconds of one step's emulated compute; 0 computes nothing.
         epochs: passes over the cases.
+        together: epochs that one execution of Ray Data reads.
         steps_per_epoch: of each rank.
         batch: samples a step.
         prefetch_batches: as `train.config` has it.
@@ -142,9 +145,14 @@ class EmulatedJob:
 
     step_s: float
     epochs: int
+    together: int
     steps_per_epoch: int
     batch: int
     prefetch_batches: int
+
+    def executions(self) -> list[range]:
+        """The epochs of each; nothing is scored between them."""
+        return executions_of(range(self.epochs), self.together, lambda _: False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,6 +256,7 @@ def measure(
     job = EmulatedJob(
         step_s=step_s,
         epochs=max(2, math.ceil(config.steps / steps_per_epoch)),
+        together=epochs_together(manifest.case_bytes(), data.shards),
         steps_per_epoch=steps_per_epoch,
         batch=batch,
         prefetch_batches=config.prefetch_batches,
@@ -257,17 +266,8 @@ def measure(
         emulated_loop,
         train_loop_config={"job": job},
         datasets={
-            name: functools.partial(
-                training_dataset,
-                manifest,
-                data,
-                first_epoch=turn,
-                every=len(TURNS),
-                multiple=config.ranks * batch,
-                batch=batch,
-                ranks=config.ranks,
-            )
-            for turn, name in enumerate(TURNS)
+            name: functools.partial(_dataset, manifest, data, job, config.ranks, turn)
+            for turn, name in enumerate(TURNS[: len(job.executions())])
         },
         dataset_config=ray.train.DataConfig(execution_options=execution_options()),
         scaling_config=ray.train.ScalingConfig(
@@ -276,7 +276,17 @@ def measure(
         run_config=ray.train.RunConfig(name=f"emulated-{time.time_ns()}", storage_path=folder),
     )
     reports: list[RankReport] = trainer.fit().return_value
-    return row_of(reports, step_s=step_s, batch=batch)
+    return row_of(reports, step_s=step_s, batch=batch) | {"executions": len(job.executions())}
+
+
+def _dataset(manifest: Manifest, data: DataConfig, job: EmulatedJob, ranks: int, turn: int) -> ray.data.Dataset:
+    """As `train.planned` makes it."""
+    if turn == 0:
+        warm_reader()
+    executions = job.executions()[turn :: len(TURNS)]
+    return training_dataset(
+        manifest, data, executions=executions, multiple=ranks * job.batch, batch=job.batch, ranks=ranks
+    )
 
 
 def emulated_loop(config: Mapping[str, Any]) -> list[RankReport]:
@@ -310,7 +320,7 @@ class EmulatedRank:
         return RankReport(whole=self.whole.result(samples=samples), by_epoch=self.by_epoch)
 
     def _steps(self) -> Iterator[Batch]:
-        epochs = EpochBatches(ray.train.get_dataset_shard, self._batches, first_epoch=0, epochs=self.job.epochs)
+        epochs = EpochBatches(ray.train.get_dataset_shard, self._batches, executions=self.job.executions())
         for number in range(self.job.epochs):
             samples = 0
             self.epoch = StallMeter()

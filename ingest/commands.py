@@ -20,7 +20,7 @@ from .index import index_cases, look_up_cases
 from .listing import list_objects
 from .manifest import Manifest, cases_of
 from .pairing import PairingConfig, describe_problems, join_by_key
-from .plan import ShardConfig, plan_epoch
+from .plan import ShardConfig, plan_epochs
 from .stores.base import StoreConfig, open_store
 from .transport import choose_transport, place_facts
 from .unwrap import own_error
@@ -135,7 +135,7 @@ def inspect(config: InspectConfig, console: Console) -> int:
         _with_boxes(manifest, config.store, console).save(config.boxes, config.store)
         console.print(f"manifest: {config.boxes}")
     sizes_bytes = manifest.case_bytes()
-    plan = plan_epoch(case_bytes=sizes_bytes, seed=config.seed, epoch=0, shards=config.shards)
+    plan = plan_epochs(case_bytes=sizes_bytes, seed=config.seed, epochs=(0,), shards=config.shards)
     console.print(
         f"an epoch reads {len(manifest):,} cases, {int(sizes_bytes.sum()) / MIB:,.1f} MiB, "
         f"in {plan.num_shards:,} shards"
@@ -152,9 +152,9 @@ def _inspect_sample(manifest: Manifest, config: InspectConfig, console: Console)
     """Read and decode some cases, table what they are, draw a few; returns how many are bad."""
     from .overlay import draw_overlays
 
-    chosen = plan_epoch(case_bytes=manifest.case_bytes(), seed=config.seed, epoch=0, shards=ShardConfig()).order[
-        : config.sample
-    ]
+    sizes_bytes = manifest.case_bytes()
+    plan = plan_epochs(case_bytes=sizes_bytes, seed=config.seed, epochs=(0,), shards=ShardConfig())
+    chosen = plan.order[: config.sample]
     images, labels = (
         open_store(uri, dataclasses.replace(config.store, transport="direct"))
         for uri in (manifest.images_uri, manifest.labels_uri)

@@ -1,10 +1,10 @@
-"""The Ray Data source: plans each epoch, and turns its shards into read tasks."""
+"""The Ray Data source: plans each execution, and turns its shards into read tasks."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from ray.data.datasource import ReadTask
 
 from .fetch import RAW_SCHEMA, FetchConfig, ShardSpec, read_shard
 from .manifest import Manifest
-from .plan import EpochPlan, Indices
+from .plan import Indices, ReadPlan
 from .quarantine import BadCaseConfig, Quarantine
 from .slab import Slabs
 from .stores.base import StoreConfig
@@ -26,7 +26,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
     """Reads cases as raw bytes, in another order each epoch.
 
     Ray plans anew for each execution of the data set; the number of executions so far, which Ray keeps in the
-    data context, says which epoch it is. Planning lists nothing and opens nothing.
+    data context, says which epoch it is, or which epochs. Planning lists nothing and opens nothing.
 
     Ray asks for read tasks several times an execution, and only once, last, with the data context: that answer is
     what is read, and leaves out the cases that are quarantined by then. The other answers, by which Ray counts blocks,
@@ -36,10 +36,10 @@ class PairedVolumeDatasource(ray.data.Datasource):
     def __init__(
         self,
         manifest: Manifest,
-        plan: Callable[[int, Indices], EpochPlan],
+        plan: Callable[[Sequence[int], Indices], ReadPlan],
         *,
         first_epoch: int = 0,
-        every: int = 1,
+        executions: Sequence[range] | None = None,
         block: int = 1,
         store: StoreConfig | None = None,
         fetch: FetchConfig | None = None,
@@ -52,9 +52,9 @@ class PairedVolumeDatasource(ray.data.Datasource):
 
         Args:
             manifest: the cases.
-            plan: picklable; gives the plan of an epoch without some cases.
-            first_epoch: the epoch of the first execution.
-            every: epochs from one execution to the next.
+            plan: picklable; gives the plan of some epochs without some cases.
+            first_epoch: the epoch of the first execution, where each is one epoch and there is no end of them.
+            executions: instead, the epochs of each execution, at least of one.
             block: cases that are handed on together.
             store: how workers open the two places; its transport is resolved.
             fetch: how a read task walks through its shard.
@@ -66,7 +66,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         super().__init__()  # type: ignore[no-untyped-call]
         self._manifest = manifest
         self._plan = plan
-        self._first_epoch, self._every = first_epoch, every
+        self._first_epoch, self._executions = first_epoch, executions
         self._block = block
         self._store = store or StoreConfig()
         self._fetch = fetch or FetchConfig()
@@ -75,16 +75,16 @@ class PairedVolumeDatasource(ray.data.Datasource):
         self._slabs = slabs
         self._record = record
         self._known_first = self._known()
-        self._planned: tuple[int, EpochPlan] | None = None
+        self._planned: tuple[int, ReadPlan] | None = None
 
     def estimate_inmemory_data_size(self) -> int:
-        """Bytes of all objects of the first epoch."""
-        plan = self._plan(self._first_epoch, self._known_first)
+        """Bytes of all objects of the first execution."""
+        plan = self._plan_now(None)
         return int(self._manifest.case_bytes()[plan.order].sum())
 
     def first_shards(self) -> int:
         """Shards of the first execution, as far as bad cases are known."""
-        return self._plan(self._first_epoch, self._known_first).num_shards
+        return self._plan_now(None).num_shards
 
     def get_read_tasks(
         self,
@@ -92,7 +92,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """One task a shard of this epoch's plan; without the data context they can be counted and not be read."""
+        """One task a shard of this execution's plan; without the data context they can be counted and not be read."""
         plan = self._plan_now(data_context)
         rows = None if data_context is None else self._manifest.take(plan.order)
         sizes = np.concatenate([[0], np.cumsum(self._manifest.case_bytes()[plan.order])])
@@ -108,13 +108,13 @@ class PairedVolumeDatasource(ray.data.Datasource):
             tasks.append(ReadTask(read, metadata, schema=RAW_SCHEMA, per_task_row_limit=per_task_row_limit))
         return tasks
 
-    def _read(self, plan: EpochPlan, part: slice, rows: pa.Table) -> Callable[[], Iterator[pa.Table]]:
+    def _read(self, plan: ReadPlan, part: slice, rows: pa.Table) -> Callable[[], Iterator[pa.Table]]:
         spec = ShardSpec(
             images_uri=self._manifest.images_uri,
             labels_uri=self._manifest.labels_uri,
             store=self._store,
             fetch=self._fetch,
-            epoch=plan.epoch,
+            epochs=plan.epochs[part],
             block=self._block,
             rows=rows[part],
             indices=plan.order[part],
@@ -127,15 +127,25 @@ class PairedVolumeDatasource(ray.data.Datasource):
         functools.update_wrapper(read, read_shard)  # Ray names a read task by its function's __name__
         return read
 
-    def _plan_now(self, data_context: DataContext | None) -> EpochPlan:
+    def _plan_now(self, data_context: DataContext | None) -> ReadPlan:
         if data_context is None:
-            return self._plan(self._first_epoch, self._known_first)
+            return self._plan(self._epochs_of(0), self._known_first)
         # The same private counter that Ray's own FileShuffleConfig goes by; a test pins how it counts.
-        executions = data_context._execution_idx
-        if self._planned is None or self._planned[0] != executions:
+        execution = data_context._execution_idx
+        if self._planned is None or self._planned[0] != execution:
             # Kept: were Ray to ask again in the same execution, cases found bad meanwhile must not shift the shards.
-            self._planned = executions, self._plan(self._first_epoch + executions * self._every, self._known())
+            self._planned = execution, self._plan(self._epochs_of(execution), self._known())
         return self._planned[1]
+
+    def _epochs_of(self, execution: int) -> Sequence[int]:
+        if self._executions is None:
+            return (self._first_epoch + execution,)
+        if execution >= len(self._executions):
+            raise RuntimeError(
+                f"expected {len(self._executions)} executions of this data set, found it asked for one more; ask for "
+                "as many as it was made for"
+            )
+        return self._executions[execution]
 
     def _known(self) -> Indices:
         return np.zeros(0, dtype=np.int64) if self._quarantine is None else self._quarantine.indices()

@@ -86,6 +86,7 @@ class ShardSpec:
     before the first one is read.
 
     Attributes:
+        epochs: (n,) int64, in which each is trained on.
         block: cases that are handed on together.
         rows: the shard's rows of the manifest, in order.
         indices: (n,) int64, their indices in the manifest.
@@ -99,7 +100,7 @@ class ShardSpec:
     labels_uri: str
     store: StoreConfig
     fetch: FetchConfig
-    epoch: int
+    epochs: Indices
     block: int
     rows: pa.Table
     indices: Indices
@@ -146,7 +147,7 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
         StoreError: the store as a whole cannot be read.
     """
     if spec.record is not None:
-        TALLY.begin(spec.epoch)
+        TALLY.begin(int(spec.epochs[0]))
     cases, known = cases_of(spec.rows), known_of(spec.rows)
     left_out = () if spec.quarantine is None else spec.quarantine.indices()
     wanted = ~np.isin(spec.indices, left_out)
@@ -164,7 +165,8 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
                     chunk, fetched = pending.popleft()
                     before_s = time.perf_counter()
                     arrived = fetched()
-                    TALLY.fetched(bytes_read=_bytes_of(arrived), waited_s=time.perf_counter() - before_s)
+                    waited_s = time.perf_counter() - before_s
+                    TALLY.fetched(int(spec.epochs[chunk.start]), bytes_read=_bytes_of(arrived), waited_s=waited_s)
                     block.append(_table(spec, cases, chunk, arrived))
                     if chunk.stop % spec.block == 0 or chunk.stop == len(cases):
                         yield pa.concat_tables(block)
@@ -182,12 +184,12 @@ def _read_bytes(slabs: Slabs | None, case: Case, known: Known | None) -> int:
 
 
 def _chunks(read_bytes: Sequence[int], spec: ShardSpec) -> list[slice]:
-    """As many cases at once as the limits allow by what is read of each, and never of two blocks."""
+    """As many cases at once as the limits allow by what is read of each, and never of two blocks or two epochs."""
     chunks: list[slice] = []
     start, chunk_bytes = 0, 0
     for number, case_bytes in enumerate(read_bytes):
         full = number - start == spec.fetch.chunk_cases or chunk_bytes + case_bytes > spec.fetch.chunk_bytes
-        if number > start and (full or number % spec.block == 0):
+        if number > start and (full or number % spec.block == 0 or spec.epochs[number] != spec.epochs[start]):
             chunks.append(slice(start, number))
             start, chunk_bytes = number, 0
         chunk_bytes += case_bytes
@@ -212,11 +214,12 @@ def _started(
     """Begin to read a chunk's cases; what is returned waits for them."""
     images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
     cut = [spec.slabs is not None and spec.slabs.takes(case) for case in cases]
+    epoch = int(spec.epochs[chunk.start])
     whole = [case for case, want, here in zip(cases, wanted, cut, strict=True) if want and not here]
     image_bodies = pool.submit(images.fetch_each, [case.image for case in whole])
     label_bodies = pool.submit(labels.fetch_each, [case.label for case in whole])
     patches = [
-        pool.submit(spec.slabs.cut, images, labels, case, known[number], epoch=spec.epoch, index=index)
+        pool.submit(spec.slabs.cut, images, labels, case, known[number], epoch=epoch, index=index)
         if spec.slabs is not None and wanted[number] and cut[number]
         else None
         for number, (case, index) in enumerate(zip(cases, spec.indices[chunk].tolist(), strict=True))
@@ -247,10 +250,10 @@ def _bytes_of(arrived: Sequence[Fetched]) -> int:
 
 
 def _table(spec: ShardSpec, cases: Sequence[Case], chunk: slice, fetched: Sequence[Fetched]) -> pa.Table:
-    cases, indices = cases[chunk], spec.indices[chunk]
+    cases, indices, epoch = cases[chunk], spec.indices[chunk], int(spec.epochs[chunk.start])
     images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
     good = [
-        None if found is None else _settled(spec, case, index, found)
+        None if found is None else _settled(spec, case, epoch, index, found)
         for case, index, found in zip(cases, indices.tolist(), fetched, strict=True)
     ]
     rows = [_blank(spec, case) if row is None else row for case, row in zip(cases, good, strict=True)]
@@ -261,7 +264,7 @@ def _table(spec: ShardSpec, cases: Sequence[Case], chunk: slice, fetched: Sequen
             boxes = pc.if_else(pa.array([row.as_listed for row in rows]), boxes, pa.scalar(None, boxes.type))
     columns = {
         "index": np.asarray(indices, dtype=np.int64),
-        "epoch": np.full(len(cases), spec.epoch, dtype=np.int64),
+        "epoch": np.full(len(cases), epoch, dtype=np.int64),
         "case_id": [case.case_id for case in cases],
         "image_name": [images.uri_of(case.image.name) for case in cases],
         "label_name": [labels.uri_of(case.label.name) for case in cases],
@@ -292,7 +295,7 @@ def _uncopied(bodies: Sequence[Buffer]) -> pa.ChunkedArray:
     )
 
 
-def _settled(spec: ShardSpec, case: Case, index: int, fetched: Bodies | Patch | BadCase) -> _Row | None:
+def _settled(spec: ShardSpec, case: Case, epoch: int, index: int, fetched: Bodies | Patch | BadCase) -> _Row | None:
     """The row of a case; None where the case is left out, which is reported first.
 
     Raises:
@@ -304,7 +307,7 @@ def _settled(spec: ShardSpec, case: Case, index: int, fetched: Bodies | Patch | 
     if not isinstance(fetched, Patch | BadCase):
         found = _both(spec, case, fetched, refresh=refresh)
     elif isinstance(fetched, BadCase) and isinstance(fetched.error, StaleManifestError) and refresh:
-        found = _cut_anew(spec, case, index)
+        found = _cut_anew(spec, case, epoch, index)
     else:
         found = fetched
     if not isinstance(found, BadCase):
@@ -313,7 +316,7 @@ def _settled(spec: ShardSpec, case: Case, index: int, fetched: Bodies | Patch | 
         raise found.error
     uri, meta = (spec.images_uri, case.image) if found.role == "image" else (spec.labels_uri, case.label)
     name = _store(uri, spec.store).uri_of(meta.name)
-    entry = entry_of(found.error, index=index, case_id=case.case_id, uri=name, epoch=spec.epoch)
+    entry = entry_of(found.error, index=index, case_id=case.case_id, uri=name, epoch=epoch)
     spec.quarantine.report(entry)
     return None
 
@@ -338,7 +341,7 @@ def _both(spec: ShardSpec, case: Case, bodies: Bodies, *, refresh: bool) -> _Row
     return _Row(good[0], good[1], as_listed)
 
 
-def _cut_anew(spec: ShardSpec, case: Case, index: int) -> Patch | BadCase:
+def _cut_anew(spec: ShardSpec, case: Case, epoch: int, index: int) -> Patch | BadCase:
     """The patch of a case that was overwritten, as the case is now."""
     assert spec.slabs is not None
     images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
@@ -348,7 +351,7 @@ def _cut_anew(spec: ShardSpec, case: Case, index: int) -> Patch | BadCase:
     if isinstance(label, ObjectError):
         return BadCase(label, "label")
     now = case._replace(image=image, label=label)
-    return spec.slabs.cut(images, labels, now, None, epoch=spec.epoch, index=index)
+    return spec.slabs.cut(images, labels, now, None, epoch=epoch, index=index)
 
 
 def _as_it_is_now(store: Store, listed: ObjectMeta) -> ObjectMeta | ObjectError:

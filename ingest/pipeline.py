@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -114,7 +114,7 @@ def training_dataset(
     config: DataConfig,
     *,
     first_epoch: int = 0,
-    every: int = 1,
+    executions: Sequence[range] | None = None,
     consumed: Indices | None = None,
     multiple: int = 1,
     batch: int = 32,
@@ -123,7 +123,7 @@ def training_dataset(
     record: Recorder | None = None,
     candidates: Indices | None = None,
 ) -> ray.data.Dataset:
-    """The training samples: each execution of the data set is one epoch.
+    """The training samples: each execution of the data set is one epoch, or several on end.
 
     A block is a whole number of batches, as `plan.block_batches` says. Ray deals blocks out to ranks in turn, and the
     plan arranges them so that step s trains on the same cases whatever was read when and by whom, and that what was
@@ -135,8 +135,9 @@ def training_dataset(
     Args:
         manifest: the cases.
         config: its store's transport is resolved already.
-        first_epoch: the epoch of the first execution.
-        every: epochs from one execution to the next: two data sets that take turns have 2.
+        first_epoch: the epoch of the first execution, where each is one epoch and there is no end of them.
+        executions: instead, the epochs of each execution; several in one, such as `epochs_together` says, need
+            `multiple`.
         consumed: indices that were trained on already in the first epoch.
         multiple: each epoch is cut to a multiple of this many cases.
         batch: rows of a rank's batch; the last one of an epoch may have fewer.
@@ -150,16 +151,25 @@ def training_dataset(
         `label` (1, *patch) uint8, in the order of the plan.
 
     Raises:
-        ConfigError: `config.bad` wants a quarantine, and none is given.
+        ConfigError: `config.bad` wants a quarantine, and none is given; or with one, several epochs are to be read on
+            end, of which a bad case would shift the later ones.
     """
     if config.bad.quarantines and quarantine is None:
         raise ConfigError(
             f"expected a quarantine, since data.on_bad is {config.bad.on_bad} and data.on_stale {config.bad.on_stale}, "
             "found none; hand over the one of start_quarantine, or set both to fail"
         )
+    if quarantine is not None and any(len(epochs) > 1 for epochs in executions or ()):
+        raise ConfigError(
+            "expected each epoch by itself, since a case that is quarantined shifts what comes after it, found "
+            f"executions of {max(map(len, executions or ()))} epochs; read one at a time, or without a quarantine"
+        )
     if candidates is None:
         candidates, _ = split_holdout(config.seed, manifest.subjects(), config.holdout_fraction)
-    batches = block_batches(len(candidates), batch, ranks, batch * sample_bytes(config), config.shards)
+    if executions is not None:
+        first_epoch = executions[0][0]
+    longest = 1 if executions is None else max(map(len, executions))
+    batches = block_batches(len(candidates) * longest, batch, ranks, batch * sample_bytes(config), config.shards)
     block = batch * batches
     plan = TrainingPlan(
         case_bytes=manifest.case_bytes(),
@@ -179,7 +189,7 @@ def training_dataset(
         manifest,
         plan,
         first_epoch=first_epoch,
-        every=every,
+        executions=executions,
         block=block,
         store=config.store,
         fetch=config.fetch,
@@ -292,7 +302,7 @@ def sample_patches(
     for start in range(0, raw.num_rows, rows):
         before_s = time.perf_counter()
         samples = _sample_batch(raw.slice(start, rows), sampler, decode, quarantine)
-        TALLY.transformed(samples=len(samples["index"]), seconds=time.perf_counter() - before_s)
+        TALLY.transformed(samples["epoch"], time.perf_counter() - before_s)
         if len(samples["index"]):
             yield samples
     TALLY.tell(record)

@@ -1,8 +1,9 @@
-"""The plan of an epoch: which cases, in which order, cut into which shards. Pure functions, no I/O."""
+"""What is read of an epoch, or of several on end: cases, in which order, in which shards. Pure functions, no I/O."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +82,14 @@ class ShardConfig:
     """Bytes of samples that go through Ray's object store together, in whole batches: each such block costs Ray about
     10 ms of CPU. An eighth of a smaller epoch's batches."""
 
+    execution_cases: int = 32_768
+    """Epochs of fewer cases are read several in one execution of Ray Data, until it has this many: each costs about
+    0.4 s of CPU and a pause, and what is said above of small epochs then goes for all of them together. Held-out
+    cases are scored between executions. 1 reads every epoch by itself, as quarantines and elastic runs always do."""
+
+    execution_bytes: int = 5 * 2**30
+    """As `execution_cases`, bytes of the objects."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
@@ -88,29 +97,36 @@ class ShardConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class EpochPlan:
-    """What is read in one epoch.
+class ReadPlan:
+    """What is read in one execution: an epoch, or several on end.
 
     Attributes:
-        epoch: which one, from 0.
+        epochs: (n,) int64, from 0: the epoch in which each of `order` is trained on.
         order: (n,) int64, the indices to train on, in order.
         bounds: (shards + 1,) int64: shard i is order[bounds[i] : bounds[i + 1]].
-        tail: (t,) int64, indices left out so that every rank gets the same number of whole batches.
+        tail: (t,) int64, indices left out so that every rank gets the same number of whole batches; of all epochs.
     """
 
-    epoch: int
+    epochs: Indices
     order: Indices
     bounds: Indices
     tail: Indices
 
     @property
     def num_shards(self) -> int:
-        """Read tasks of this epoch."""
+        """Read tasks of this plan."""
         return len(self.bounds) - 1
 
     def shard(self, number: int) -> Indices:
         """The indices of one shard, in order."""
         return self.order[self.bounds[number] : self.bounds[number + 1]]
+
+
+def epochs_together(case_bytes: Indices, config: ShardConfig) -> int:
+    """How many epochs of these cases (bytes of each) are read in one execution, at the most."""
+    by_cases = -(-config.execution_cases // max(1, len(case_bytes)))
+    by_bytes = -(-config.execution_bytes // max(1, int(case_bytes.sum())))
+    return min(by_cases, by_bytes)
 
 
 def shard_bounds(sizes: Indices, config: ShardConfig, unit: int = 1) -> Indices:
@@ -182,11 +198,11 @@ def _dealt(order: Indices, batch: int, ranks: int, batches: int) -> Indices:
     return order.reshape(-1, batches, ranks, batch).transpose(0, 2, 1, 3).ravel()
 
 
-def plan_epoch(
+def plan_epochs(
     *,
     case_bytes: Indices,
     seed: int,
-    epoch: int,
+    epochs: Sequence[int],
     shards: ShardConfig,
     candidates: Indices | None = None,
     consumed: Indices | None = None,
@@ -195,46 +211,66 @@ def plan_epoch(
     ranks: int = 1,
     batches: int = 1,
     shuffle: bool = True,
-) -> EpochPlan:
-    """Plan one epoch.
+) -> ReadPlan:
+    """Plan epochs that are read in one execution: each as if it were alone, one after the other.
+
+    Blocks and shards may reach from one epoch into the next; a rank's batches do not.
 
     Args:
         case_bytes: (N,) int64, bytes of each case by index.
         seed: of the order.
-        epoch: from 0.
+        epochs: one or more, from 0, ascending.
         shards: limits of a shard.
         candidates: the indices that take part; None for all. The order of the others is not touched by it.
-        consumed: indices already trained on in this epoch, left out.
-        multiple: the number of cases is cut to a multiple of this (world size times batch size), from the end
-            of the order: what is cut is the plan's `tail`.
+        consumed: indices already trained on in the first epoch, left out of it.
+        multiple: the number of an epoch's cases is cut to a multiple of this (world size times batch size), from the
+            end of the order: what is cut is the plan's `tail`.
         batch: cases of a rank's batch.
-        ranks: that blocks are dealt to in turn, where that is known; then `multiple` is a multiple of ranks times
-            batch.
+        ranks: that blocks are dealt to in turn, where that is known; then, and where there are several epochs,
+            `multiple` is a multiple of ranks times batch.
         batches: of a block; no shard cuts a block, and the smaller ones at the end are shards of their own.
         shuffle: False keeps the order of the manifest, as validation wants it.
+
+    Raises:
+        ValueError: several epochs, and one may end within a batch.
     """
+    if len(epochs) > 1 and multiple % (batch * ranks):
+        raise ValueError(
+            f"expected epochs that end with a whole batch of {batch} for each of {ranks} ranks, since {len(epochs)} of "
+            f"them are read on end, found multiples of {multiple}; cut them to such a multiple, or read one at a time"
+        )
     total = len(case_bytes)
-    order = epoch_order(seed, epoch, total) if shuffle else np.arange(total, dtype=np.int64)
-    keep = np.ones(total, dtype=bool)
+    takes_part = np.ones(total, dtype=bool)
     if candidates is not None:
-        keep[:] = False
-        keep[candidates] = True
-    if consumed is not None:
-        keep[consumed] = False
-    left = order[keep[order]]
-    whole = len(left) - len(left) % multiple
-    order, small, full = in_blocks(left[:whole], batch, ranks, batches)
+        takes_part[:] = False
+        takes_part[candidates] = True
+    parts: list[Indices] = []
+    tails: list[Indices] = []
+    for epoch in epochs:
+        order = epoch_order(seed, epoch, total) if shuffle else np.arange(total, dtype=np.int64)
+        keep = takes_part
+        if consumed is not None and epoch == epochs[0]:
+            keep = takes_part.copy()
+            keep[consumed] = False
+        left = order[keep[order]]
+        whole = len(left) - len(left) % multiple
+        parts.append(left[:whole])
+        tails.append(left[whole:])
+    by_steps = np.concatenate(parts)
+    at, small, full = in_blocks(np.arange(len(by_steps)), batch, ranks, batches)
+    order = by_steps[at]
     lead = small[-1] if small else 0
     bounds = lead + shard_bounds(case_bytes[order[lead:full]], shards, batch * batches)
-    short = (whole - full) // ranks
-    rest = np.arange(full + short, whole + 1, short) if short else np.zeros(0, dtype=np.int64)
+    short = (len(order) - full) // ranks
+    rest = np.arange(full + short, len(order) + 1, short) if short else np.zeros(0, dtype=np.int64)
     bounds = np.concatenate([np.asarray([0, *small[:-1]] if small else [], dtype=np.int64), bounds, rest])
-    return EpochPlan(epoch, order, bounds, left[whole:])
+    each = np.repeat(np.asarray(epochs, dtype=np.int64), [len(part) for part in parts])
+    return ReadPlan(each[at], order, bounds, np.concatenate(tails))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """Plans any epoch of a run: a picklable function of the epoch and of the cases to leave out.
+    """Plans any epochs of a run: a picklable function of the epochs and of the cases to leave out.
 
     Attributes:
         case_bytes: (N,) int64, bytes of each case by index.
@@ -258,19 +294,19 @@ class TrainingPlan:
     ranks: int = 1
     batches: int = 1
 
-    def __call__(self, epoch: int, left_out: Indices) -> EpochPlan:
-        """The plan of one epoch without these cases."""
+    def __call__(self, epochs: Sequence[int], left_out: Indices) -> ReadPlan:
+        """The plan of one execution without these cases."""
         candidates = self.candidates
         if len(left_out):
             everyone = np.arange(len(self.case_bytes)) if candidates is None else candidates
             candidates = np.setdiff1d(everyone, left_out)
-        return plan_epoch(
+        return plan_epochs(
             case_bytes=self.case_bytes,
             seed=self.seed,
-            epoch=epoch,
+            epochs=epochs,
             shards=self.shards,
             candidates=candidates,
-            consumed=self.consumed if epoch == self.resumed_epoch else None,
+            consumed=self.consumed if epochs[0] == self.resumed_epoch else None,
             multiple=self.multiple,
             batch=self.batch,
             ranks=self.ranks,

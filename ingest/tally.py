@@ -1,16 +1,18 @@
-"""What a data worker has done: counted in its process, and handed on about once a second and at each task's end.
+"""What a data worker has done: counted in its process, by epoch, and handed on about once a second and at a task's end.
 
 Who takes it is a plain callable, so that nothing here knows of Ray or of metrics.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
+
+from .plan import Indices
 from .stores.retry import COMPOSITES, RETRIES
 
 FLUSH_S = 1.0  # so that what is counted costs a call a second and task, and not one a sample
@@ -18,11 +20,11 @@ FLUSH_S = 1.0  # so that what is counted costs a call a second and task, and not
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one process did since it last told.
+    """What one process did for one epoch since it last told.
 
     Attributes:
-        epoch: of the task that it was done in.
-        started_unix_s: when that task began, in seconds since 1970.
+        epoch: that it was done for.
+        started_unix_s: when the task began with this epoch, in seconds since 1970.
         samples: made, ready to train on.
         bytes_read: of objects that arrived whole.
         fetch_s: seconds in which the task had nothing to do but wait for objects.
@@ -45,34 +47,48 @@ Recorder = Callable[[Work], None]
 """Takes what was done; picklable, quick, and raises nothing."""
 
 
+@dataclasses.dataclass
+class _Sums:
+    samples: int = 0
+    bytes_read: int = 0
+    fetch_s: float = 0.0
+    transform_s: float = 0.0
+
+
 class Tally:
     """Adds up what this process does. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._told = time.monotonic()
-        self._epoch, self._started_unix_s = 0, time.time()
-        self._sums: collections.Counter[str] = collections.Counter()
-        self._fetch_s = self._transform_s = 0.0
-        self._before = _counts()
+        self._newest = 0
+        self._started_unix_s: dict[int, float] = {}
+        self._restart()
 
     def begin(self, epoch: int) -> None:
-        """A task begins: what came before it belongs to nobody."""
+        """A task begins, with a case of this epoch: what came before it belongs to nobody."""
         with self._lock:
-            self._take()
-            self._epoch, self._started_unix_s = epoch, time.time()
+            self._restart()
+            self._newest, self._started_unix_s = epoch, {epoch: time.time()}
+            self._of(epoch)
 
-    def fetched(self, *, bytes_read: int, waited_s: float) -> None:
-        """Objects arrived, and were waited for so long."""
+    def fetched(self, epoch: int, *, bytes_read: int, waited_s: float) -> None:
+        """Objects of an epoch arrived, and were waited for so long."""
         with self._lock:
-            self._sums["bytes_read"] += bytes_read
-            self._fetch_s += waited_s
+            self._newest = epoch
+            sums = self._of(epoch, waited_s)
+            sums.bytes_read += bytes_read
+            sums.fetch_s += waited_s
 
-    def transformed(self, *, samples: int, seconds: float) -> None:
-        """Samples were made."""
+    def transformed(self, epochs: Indices, seconds: float) -> None:
+        """Samples were made, each of an epoch; those of one block take the same time each."""
+        numbers, counts = np.unique(epochs, return_counts=True)
         with self._lock:
-            self._sums["samples"] += samples
-            self._transform_s += seconds
+            if not len(numbers):
+                self._of(self._newest).transform_s += seconds
+            for epoch, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                sums = self._of(epoch)
+                sums.samples += count
+                sums.transform_s += seconds * count / len(epochs)
 
     def tell(self, record: Recorder | None, *, now: bool = False) -> None:
         """Hand on what was done since the last time, if that is long enough ago or `now`; to None, keep it."""
@@ -81,26 +97,35 @@ class Tally:
         with self._lock:
             if not now and time.monotonic() - self._told < FLUSH_S:
                 return
-            work = self._take()
-        record(work)
+            works = self._works()
+            self._restart()
+        for work in works:
+            record(work)
 
-    def _take(self) -> Work:
-        counts = _counts()
-        changed = {kind: number - self._before.get(kind, 0) for kind, number in counts.items()}
-        work = Work(
-            epoch=self._epoch,
-            started_unix_s=self._started_unix_s,
-            samples=self._sums["samples"],
-            bytes_read=self._sums["bytes_read"],
-            fetch_s=self._fetch_s,
-            transform_s=self._transform_s,
-            composites=changed.pop("composites", 0),
-            retries={kind: number for kind, number in changed.items() if number},
-        )
-        self._told, self._before = time.monotonic(), counts
-        self._sums.clear()
-        self._fetch_s = self._transform_s = 0.0
-        return work
+    def _of(self, epoch: int, already_s: float = 0.0) -> _Sums:
+        self._started_unix_s.setdefault(epoch, time.time() - already_s)
+        return self._sums.setdefault(epoch, _Sums())
+
+    def _works(self) -> list[Work]:
+        """One an epoch; what is counted for the whole process goes to the newest."""
+        changed = {kind: number - self._before.get(kind, 0) for kind, number in _counts().items()}
+        composites = changed.pop("composites", 0)
+        retries = {kind: number for kind, number in changed.items() if number}
+        self._of(self._newest)
+        return [
+            Work(
+                epoch=epoch,
+                started_unix_s=self._started_unix_s[epoch],
+                **vars(sums),
+                composites=composites if epoch == self._newest else 0,
+                retries=retries if epoch == self._newest else {},
+            )
+            for epoch, sums in sorted(self._sums.items())
+        ]
+
+    def _restart(self) -> None:
+        self._told, self._before = time.monotonic(), _counts()
+        self._sums: dict[int, _Sums] = {}
 
 
 def _counts() -> dict[str, int]:

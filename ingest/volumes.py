@@ -125,7 +125,7 @@ def case_shard(
         labels_uri=cases.labels_uri,
         store=config.store,
         fetch=dataclasses.replace(config.fetch, chunks_ahead=1),  # whole volumes are large: one ahead is enough
-        epoch=0,
+        epochs=np.zeros(len(indices), dtype=np.int64),
         block=block,
         rows=cases.take(positions),
         indices=indices,

@@ -52,7 +52,8 @@ def test_each_task_carries_its_own_cases_and_no_others_to_the_worker(source):
         there = pickle.loads(pickled)  # noqa: S301  it is ours
         assert cases_of(there.rows) == cases_of(spec.rows)
         assert [case.case_id for case in cases_of(there.rows)] == [f"case_{i:05d}" for i in spec.indices]
-        assert (there.epoch, there.images_uri, there.block) == (2, "file:///images", 1)
+        assert set(there.epochs.tolist()) == {2}
+        assert (len(there.epochs), there.images_uri, there.block) == (len(spec.indices), "file:///images", 1)
         assert len(pickled) < 40 * 200  # 1,000 cases would be 25 times as many
 
 
@@ -69,3 +70,20 @@ def test_shapes_boxes_and_what_is_unknown_get_to_the_worker():
         assert there.rows.schema == manifest.table.schema
         assert known_of(there.rows) == known_of(manifest.take(spec.indices))
         assert {case.image.generation for case in cases_of(there.rows)} == {None}
+
+
+def test_each_execution_reads_the_epochs_that_it_is_for_and_there_is_none_after_the_last():
+    manifest = manifest_of(100)
+    plan = TrainingPlan(case_bytes=manifest.case_bytes(), seed=3, shards=ShardConfig(shard_cases=70), multiple=10)
+    source = PairedVolumeDatasource(manifest, plan, executions=[range(2, 5), range(7, 8)])
+    context = DataContext.get_current().copy()
+    found = []
+    for execution in range(2):
+        context._execution_idx = execution  # as Ray counts
+        tasks = source.get_read_tasks(1, data_context=context)
+        found.append(np.concatenate([task.read_fn.args[0].epochs for task in tasks]).tolist())
+    assert found == [[2] * 100 + [3] * 100 + [4] * 100, [7] * 100]
+    assert sum(task.metadata.num_rows for task in source.get_read_tasks(1)) == 300
+    context._execution_idx = 2
+    with pytest.raises(RuntimeError, match="expected 2 executions of this data set, found it asked for one more"):
+        source.get_read_tasks(1, data_context=context)

@@ -11,14 +11,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ingest.errors import ConfigError
-from ingest.plan import ShardConfig, epoch_order, plan_epoch, shard_bounds, split_holdout, stream
+from ingest.plan import (
+    ShardConfig,
+    TrainingPlan,
+    epoch_order,
+    epochs_together,
+    plan_epochs,
+    shard_bounds,
+    split_holdout,
+    stream,
+)
 
 sizes = hnp.arrays(np.int64, st.integers(1, 200), elements=st.integers(0, 10_000))
 
 
 @given(sizes, st.integers(0, 2**32), st.integers(0, 1000))
 def test_every_case_is_in_the_epoch_exactly_once(case_bytes, seed, epoch):
-    plan = plan_epoch(case_bytes=case_bytes, seed=seed, epoch=epoch, shards=ShardConfig(shard_cases=7))
+    plan = plan_epochs(case_bytes=case_bytes, seed=seed, epochs=(epoch,), shards=ShardConfig(shard_cases=7))
     shards = [plan.shard(i) for i in range(plan.num_shards)]
     assert sorted(np.concatenate(shards).tolist()) == list(range(len(case_bytes)))
     assert all(1 <= len(shard) <= 7 for shard in shards)
@@ -52,8 +61,8 @@ def test_a_small_epoch_is_eight_shards_of_whole_blocks():
 def test_consumed_cases_and_the_tail_are_left_out_and_the_rest_keep_their_order(case_bytes, multiple, data):
     total = len(case_bytes)
     consumed = np.array(sorted(data.draw(st.sets(st.integers(0, total - 1), max_size=total))), dtype=np.int64)
-    plan = plan_epoch(
-        case_bytes=case_bytes, seed=5, epoch=3, shards=ShardConfig(), consumed=consumed, multiple=multiple
+    plan = plan_epochs(
+        case_bytes=case_bytes, seed=5, epochs=(3,), shards=ShardConfig(), consumed=consumed, multiple=multiple
     )
     left = [i for i in epoch_order(5, 3, total).tolist() if i not in set(consumed.tolist())]
     assert plan.order.tolist() + plan.tail.tolist() == left
@@ -64,8 +73,8 @@ def test_consumed_cases_and_the_tail_are_left_out_and_the_rest_keep_their_order(
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(1, 7))
 def test_blocks_dealt_out_in_turn_give_the_ranks_the_steps_of_the_order(steps, batch, ranks, batches):
     sizes = np.ones(steps * batch * ranks, np.int64)
-    plan = plan_epoch(
-        case_bytes=sizes, seed=1, epoch=0, shards=ShardConfig(), multiple=batch * ranks, batch=batch, ranks=ranks,
+    plan = plan_epochs(
+        case_bytes=sizes, seed=1, epochs=(0,), shards=ShardConfig(), multiple=batch * ranks, batch=batch, ranks=ranks,
         batches=batches,
     )  # fmt: skip
     dealt = [[] for _ in range(ranks)]
@@ -78,6 +87,73 @@ def test_blocks_dealt_out_in_turn_give_the_ranks_the_steps_of_the_order(steps, b
             blocks += 1
     trained = [index for s in range(steps) for rank in dealt for index in rank[s * batch : (s + 1) * batch]]
     assert trained == epoch_order(1, 0, len(sizes)).tolist()
+
+
+@given(st.integers(1, 4), st.integers(0, 9), st.integers(1, 5), st.integers(1, 3), st.integers(1, 7), st.data())
+def test_epochs_read_on_end_give_each_rank_the_steps_of_one_epoch_after_the_other(
+    count, first, batch, ranks, batches, data
+):
+    step = batch * ranks
+    total = data.draw(st.integers(step, 12 * step))
+    consumed = np.arange(data.draw(st.integers(0, total - step)))
+    epochs = range(first, first + count)
+    plan = plan_epochs(
+        case_bytes=np.full(total, 7), seed=1, epochs=epochs, shards=ShardConfig(shard_cases=40), consumed=consumed,
+        multiple=step, batch=batch, ranks=ranks, batches=batches,
+    )  # fmt: skip
+    expected, tails = [], []
+    for epoch in epochs:
+        order = epoch_order(1, epoch, total).tolist()
+        left = [index for index in order if epoch != first or index not in set(consumed.tolist())]
+        whole = len(left) - len(left) % step
+        expected += [(epoch, index) for index in left[:whole]]
+        tails += left[whole:]
+    assert plan.tail.tolist() == tails
+    dealt = [[] for _ in range(ranks)]
+    blocks = 0
+    for start, stop in itertools.pairwise(plan.bounds.tolist()):
+        rows = list(zip(plan.epochs[start:stop].tolist(), plan.order[start:stop].tolist(), strict=True))
+        for at in range(0, len(rows), batch * batches):
+            dealt[blocks % ranks] += rows[at : at + batch * batches]
+            blocks += 1
+    steps = len(expected) // step
+    assert [row for s in range(steps) for rank in dealt for row in rank[s * batch : (s + 1) * batch]] == expected
+    for rank in dealt:  # no batch is of two epochs
+        assert all(len({epoch for epoch, _ in rank[s * batch : (s + 1) * batch]}) == 1 for s in range(steps))
+
+
+def test_epochs_that_could_end_within_a_batch_are_not_read_on_end():
+    with pytest.raises(ValueError, match=r"whole batch of 4 for each of 2 ranks.* 3 of them .* multiples of 4"):
+        plan_epochs(
+            case_bytes=np.ones(50, np.int64), seed=1, epochs=range(3), shards=ShardConfig(), multiple=4, batch=4,
+            ranks=2,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cases", "case_bytes", "epochs"),
+    [
+        (1000, 160 * 1024, 33),
+        (10_000, 160 * 1024, 4),
+        (32_767, 1, 2),
+        (32_768, 1, 1),
+        (100_000, 160 * 1024, 1),
+        (168, 147_000_000, 1),  # by their bytes
+        (168, 4_500_000, 8),
+        (1, 1, 32_768),
+    ],
+)
+def test_as_many_epochs_are_read_on_end_as_make_up_for_an_executions_start(cases, case_bytes, epochs):
+    assert epochs_together(np.full(cases, case_bytes), ShardConfig()) == epochs
+    assert epochs_together(np.full(cases, case_bytes), ShardConfig(execution_cases=1)) == 1
+
+
+def test_small_epochs_on_end_are_cut_into_shards_as_one_large_epoch_is():
+    plan = TrainingPlan(case_bytes=np.full(960, 160_000), seed=1, shards=ShardConfig(), multiple=64, batch=32, ranks=2)
+    nobody = np.zeros(0, dtype=np.int64)
+    assert plan((0,), nobody).num_shards == 8
+    assert plan(range(32), nobody).num_shards == 32 * 960 // 384
+    assert plan(range(32), nobody).epochs.tolist() == np.repeat(np.arange(32), 960).tolist()
 
 
 def test_each_epoch_has_another_order_and_the_same_seed_the_same():
@@ -101,8 +177,8 @@ def test_the_held_out_cases_are_never_trained_on():
     assert len(held) == 15
     assert sorted([*train.tolist(), *held.tolist()]) == list(range(100))
     for epoch in range(3):
-        plan = plan_epoch(
-            case_bytes=np.ones(100, np.int64), seed=3, epoch=epoch, shards=ShardConfig(), candidates=train
+        plan = plan_epochs(
+            case_bytes=np.ones(100, np.int64), seed=3, epochs=(epoch,), shards=ShardConfig(), candidates=train
         )
         assert set(plan.order.tolist()) == set(train.tolist())
 
@@ -123,7 +199,7 @@ def test_a_million_cases_plan_within_a_second_or_five_and_within_a_gigabyte():
     case_bytes = np.full(1_000_000, 160_000, dtype=np.int64)
     tracemalloc.start()
     started = time.perf_counter()
-    plan = plan_epoch(case_bytes=case_bytes, seed=1, epoch=0, shards=ShardConfig(shard_cases=128), multiple=256)
+    plan = plan_epochs(case_bytes=case_bytes, seed=1, epochs=(0,), shards=ShardConfig(shard_cases=128), multiple=256)
     seconds, (_, peak_bytes) = time.perf_counter() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.num_shards == -(-(1_000_000 - 1_000_000 % 256) // 128)

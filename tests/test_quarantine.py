@@ -59,7 +59,7 @@ def shard(root, *, bad=TAKES_ALL, book=None, store=None, manifest=None, epoch=0)
         labels_uri=manifest.labels_uri,
         store=store,
         fetch=FetchConfig(chunk_cases=2 * BATCH, chunks_ahead=1),
-        epoch=epoch,
+        epochs=np.full(len(manifest), epoch),
         block=BATCH,
         rows=manifest.table,
         indices=np.arange(len(manifest), dtype=np.int64),

@@ -252,7 +252,7 @@ def shard(root, *, bad=None, book=None, manifest=None, cutter=None, epoch=0, blo
         labels_uri=manifest.labels_uri,
         store=StoreConfig(),
         fetch=FetchConfig(chunk_bytes=4000, chunks_ahead=1),
-        epoch=epoch,
+        epochs=np.full(len(manifest), epoch),
         block=block,
         rows=manifest.table,
         indices=np.arange(len(manifest), dtype=np.int64),

@@ -1,9 +1,10 @@
-"""A rank's batches, epoch by epoch: the next epoch is begun while the last steps of this one are trained.
+"""A rank's batches, epoch by epoch, without a pause between epochs.
 
-Ray begins an epoch of a data set when all ranks have ended the one before: it then ends the old executor, plans, starts
-read tasks and waits for their first blocks, about half a second in which every GPU stands still. So two data sets take
-turns, each for every second epoch, and what Ray does at an epoch's start is done while there is still enough to train
-on. What is read is the same; so is its order.
+Ray begins an execution of a data set when all ranks have ended the one before: it then ends the old executor, plans,
+starts read tasks and waits for their first blocks, about half a second in which every GPU stands still. So small epochs
+are read several in one execution, as long as nothing is scored between them; and two data sets take turns, each for
+every second execution, so that what Ray does at the start of one is done while there is still enough to train on. What
+is read is the same; so is its order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from ray.data import DataIterator
@@ -21,18 +22,36 @@ from ray.data import DataIterator
 T = TypeVar("T")
 
 TURNS = ("train", "train_next")
-"""The names of the two data sets among those of a trainer; the first one has the first epoch."""
+"""The names of the two data sets among those of a trainer; the first one has the first execution."""
 
 LEAD_S = 3.0
-"""Seconds of training that an epoch still has when the next is begun: several times what Ray needs for it, and short
-enough for the bad cases of an epoch to be known before the next is planned, but for those of its last reads. Of a short
-epoch it is a quarter, since the next takes part of the CPUs that it is read with."""
+"""Seconds of training that an execution still has when the next is begun: several times what Ray needs for it, and
+short enough for the bad cases of an epoch to be known before the next is planned, but for those of its last reads. Of a
+short execution it is a quarter, since the next takes part of the CPUs that it is read with."""
 
 
 MOST_WAITED = 0.05
 """Share of the time since the middle of an epoch that ranks may have waited for batches for the next to be begun before
-the last one. Where reading is what holds them up, two epochs at once would only share its CPUs, and of a few CPUs lose
-some: Ray gives each of n data sets a node's free CPUs divided by n, rounded down (1.5 are 0 for each of two)."""
+the last one. Where reading is what holds them up, two executions at once would only share its CPUs, and of a few CPUs
+lose some: Ray gives each of n data sets a node's free CPUs divided by n, rounded down (1.5 are 0 for each of two)."""
+
+
+def executions_of(epochs: range, most: int, evaluates: Callable[[int], bool]) -> list[range]:
+    """Which epochs are read in one execution of Ray Data.
+
+    Args:
+        epochs: that are trained.
+        most: epochs of one execution, as `ingest.plan.epochs_together` says.
+        evaluates: whether held-out cases are scored after an epoch. An execution ends there: one that goes on would
+            hold the CPUs that scoring waits for, while its ranks wait for the scoring.
+    """
+    found: list[range] = []
+    start = epochs.start
+    for epoch in epochs:
+        if evaluates(epoch) or epoch + 1 - start == most or epoch + 1 == epochs.stop:
+            found.append(range(start, epoch + 1))
+            start = epoch + 1
+    return found
 
 
 class EpochBatches(Generic[T]):
@@ -43,64 +62,68 @@ class EpochBatches(Generic[T]):
         shard_of: Callable[[str], DataIterator],
         batches: Callable[[DataIterator], Iterable[T]],
         *,
-        first_epoch: int,
-        epochs: int,
+        executions: Sequence[range],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Hold what reading needs.
 
         Args:
             shard_of: `ray.train.get_dataset_shard`, which waits for the other ranks. Called from threads.
-            batches: of one epoch of a shard.
-            first_epoch: of this start.
-            epochs: of the run.
+            batches: of one execution of a shard.
+            executions: the epochs of each, from this start to the run's end.
             clock: seconds; handed in for tests.
         """
         self._shard_of, self._batches, self._clock = shard_of, batches, clock
-        self._first_epoch, self._epochs = first_epoch, epochs
+        self._executions = executions
+        self._number = {epoch: number for number, epochs in enumerate(executions) for epoch in epochs}
         self._shards: dict[str, DataIterator] = {}
         self._opening = threading.Lock()
-        self._begun: _Epoch[T] | None = None
+        self._begun: _Execution[T] | None = None
+        self._reading: tuple[int, Iterator[T]] | None = None
 
     def shard(self, epoch: int) -> DataIterator | None:
         """What an epoch is read from; None while that is not known."""
-        return self._shards.get(self._turn(epoch))
+        return self._shards.get(self._turn(epoch)) if epoch in self._number else None
 
     @property
     def begun(self) -> int | None:
-        """The epoch that is begun and not asked for yet."""
-        return None if self._begun is None else self._begun.number
+        """The epoch whose execution is begun, where none of it is asked for yet."""
+        return None if self._begun is None else self._begun.first_epoch
 
     def begin(self, epoch: int) -> None:
-        """Begin to read an epoch, if it is one of the run's and none is begun."""
-        if self._begun is None and epoch < self._epochs:
-            self._begun = _Epoch(epoch, functools.partial(self._read, epoch))
+        """Begin the execution that starts with an epoch, if one does and none is begun."""
+        if self._begun is None and epoch in self._number and self._execution(epoch).start == epoch:
+            self._begun = _Execution(epoch, functools.partial(self._read, epoch))
 
     def of(self, epoch: int, steps: int, *, ahead: bool = True) -> Iterator[T]:
-        """An epoch's batches; the next epoch is begun on the way.
+        """An epoch's batches; where it is the last of its execution, the next one is begun on the way.
 
         Args:
-            epoch: the first, or the one after that of the last call.
-            steps: about how many batches it has.
+            epoch: the first, or the one after that of the last call, whose batches have all been taken.
+            steps: how many batches it has; of the last one of an execution, about how many.
             ahead: False does not begin the next: where its turn comes late, since held-out cases are scored before,
                 it would take the scoring's CPUs, and Ray ends what nobody takes blocks from for half an hour.
 
         Raises:
+            RuntimeError: an epoch that is not the last of its execution has fewer batches than it should.
             Exception: whatever made reading fail, also where it failed ahead of time.
         """
-        self.begin(epoch)
-        mine = self._begun
-        if mine is None or mine.number != epoch:
-            raise ValueError(
-                f"expected epochs one after the other, found {epoch} asked for where {self.begun} is begun, of "
-                f"{self._epochs}; ask for that one first"
-            )
-        self._begun = None
-        batches, half = mine.batches(), max(1, steps // 2)
+        batches = self._batches_from(epoch)
+        execution = self._execution(epoch)
+        last, half, quarter = epoch == execution[-1], max(1, steps // 2), steps * len(execution) / 4
         since_s = waited_s = 0.0
         for taken in itertools.count(1):
+            if taken > steps and not last:
+                self._reading = epoch + 1, batches
+                return
             asked_s = self._clock()
             batch = next(batches, None)
+            if batch is None and not last:
+                raise RuntimeError(
+                    f"expected {steps} batches of epoch {epoch}, since epochs {execution.start} to {execution[-1]} are "
+                    f"read on end, found {taken - 1}: Ray shares blocks out otherwise than 2.60 does; install the Ray "
+                    "of constraints.txt, or give --data.shards.execution-cases 1"
+                )
             if batch is None:
                 break
             now_s = self._clock()
@@ -108,28 +131,42 @@ class EpochBatches(Generic[T]):
                 since_s = now_s
             else:
                 waited_s += now_s - asked_s
-            if taken == half and epoch + 1 < self._epochs:
-                # Its first use starts a process, which takes longer than an epoch's start.
-                threading.Thread(target=self._open, args=(epoch + 1,), name="open", daemon=True).start()
-            if ahead and self._is_time(steps - taken + 1, steps, taken - half, now_s - since_s, waited_s):
+            if taken == half and epoch == execution.start and execution.stop in self._number:
+                # Its first use starts a process, which takes longer than an execution's start.
+                threading.Thread(target=self._open, args=(execution.stop,), name="open", daemon=True).start()
+            if ahead and last and self._is_time(steps - taken + 1, quarter, taken - half, now_s - since_s, waited_s):
                 self.begin(epoch + 1)
             yield batch
         if ahead:
             self.begin(epoch + 1)
 
-    def _is_time(self, left: int, steps: int, timed: int, spent_s: float, waited_s: float) -> bool:
+    def _batches_from(self, epoch: int) -> Iterator[T]:
+        if self._reading is not None and self._reading[0] == epoch:
+            batches, self._reading = self._reading[1], None
+            return batches
+        self.begin(epoch)
+        mine = self._begun
+        if mine is None or mine.first_epoch != epoch:
+            raise ValueError(
+                f"expected epochs one after the other, found {epoch} asked for where {self.begun} is begun, of "
+                f"{self._executions}; ask for that one first"
+            )
+        self._begun = None
+        return mine.batches()
+
+    def _is_time(self, left: int, quarter: float, timed: int, spent_s: float, waited_s: float) -> bool:
         """Whether a batch is the last, or of the last quarter, with less than the lead to go and few waits of late.
 
         Args:
-            left: batches of the epoch that are not trained on yet.
-            steps: of the epoch.
-            timed: steps of its second half so far.
+            left: batches of the execution that are not trained on yet.
+            quarter: a quarter of all of its batches.
+            timed: steps of the second half of its last epoch so far.
             spent_s: seconds that those took.
             waited_s: seconds of these that were waited for batches.
         """
         if left <= 1 or timed < 1:
             return left <= 1
-        return left <= steps / 4 and left * spent_s / timed <= LEAD_S and waited_s <= MOST_WAITED * spent_s
+        return left <= quarter and left * spent_s / timed <= LEAD_S and waited_s <= MOST_WAITED * spent_s
 
     def _read(self, epoch: int) -> Iterator[T]:
         return iter(self._batches(self._open(epoch)))
@@ -142,17 +179,20 @@ class EpochBatches(Generic[T]):
         return self._shards[name]
 
     def _turn(self, epoch: int) -> str:
-        return TURNS[(epoch - self._first_epoch) % len(TURNS)]
+        return TURNS[self._number[epoch] % len(TURNS)]
+
+    def _execution(self, epoch: int) -> range:
+        return self._executions[self._number[epoch]]
 
 
-class _Epoch(Generic[T]):
-    """An epoch whose first batch is on its way, in a thread that ends with it or with the process."""
+class _Execution(Generic[T]):
+    """An execution whose first batch is on its way, in a thread that ends with it or with the process."""
 
-    def __init__(self, number: int, read: Callable[[], Iterator[T]]) -> None:
-        self.number = number
+    def __init__(self, first_epoch: int, read: Callable[[], Iterator[T]]) -> None:
+        self.first_epoch = first_epoch
         self._read = read
         self._begun: concurrent.futures.Future[tuple[list[T], Iterator[T]]] = concurrent.futures.Future()
-        threading.Thread(target=self._run, name=f"epoch-{number}", daemon=True).start()
+        threading.Thread(target=self._run, name=f"epoch-{first_epoch}", daemon=True).start()
 
     def batches(self) -> Iterator[T]:
         """All of them."""

@@ -41,7 +41,7 @@ from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
 from .nodes import alive_nodes, check_visible, with_readers
-from .planned import datasets_of
+from .planned import datasets_of, most_together
 from .report import epoch_table
 from .run_folder import RECIPE_FILE, checks_of_run_dir, resolve_run_dir
 from .stop import in_thread, on_signals
@@ -126,6 +126,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             run_dir=run_dir,
             holdout=Holdout(held_out, split.indices, held_out_data, quarantine),
             train_cases=len(train),
+            together=most_together(recipe, manifest, train),
             total_cases=len(manifest),
             stop_flag=make_flag(),
             quarantine=quarantine,

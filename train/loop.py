@@ -28,7 +28,7 @@ from ingest.quarantine import Quarantine
 from ingest.stall import StallMeter
 
 from . import checkpoint
-from .ahead import EpochBatches
+from .ahead import EpochBatches, executions_of
 from .best import reached
 from .config import Recipe
 from .finite import stop_run
@@ -57,6 +57,7 @@ class LoopJob:
         holdout: the cases to score.
         train_cases: cases of an epoch.
         total_cases: cases of the manifest.
+        together: epochs that are read in one execution of Ray Data, at the most.
         stop_flag: of `flag.make_flag`; None for a run that no signal reaches.
         quarantine: the run's bad cases; None where they end the run.
         monitor: is told how it goes; None where nobody follows.
@@ -67,6 +68,7 @@ class LoopJob:
     holdout: Holdout
     train_cases: int
     total_cases: int
+    together: int = 1
     stop_flag: Any = None
     quarantine: Quarantine | None = None
     monitor: Monitor | None = None
@@ -80,6 +82,11 @@ class LoopJob:
         if self.quarantine is None:
             return np.zeros(0, dtype=np.int64)
         return np.setdiff1d(np.setdiff1d(self.quarantine.indices(), self.holdout.indices), trained)
+
+    def executions(self, first_epoch: int) -> list[range]:
+        """The epochs of each execution of Ray Data, of a start that begins with `first_epoch`."""
+        trainer = self.recipe.trainer
+        return executions_of(range(first_epoch, trainer.epochs), self.together, trainer.evaluates)
 
     def position(self) -> checkpoint.Position:
         """Where the run stands: in an epoch of which at least a step is left, or at the start of one."""
@@ -161,8 +168,7 @@ class RankLoop:
         self.epochs = EpochBatches(
             ray.train.get_dataset_shard,
             self.batches,
-            first_epoch=self.position.epoch,
-            epochs=trainer.epochs,
+            executions=job.executions(self.position.epoch),
         )
         start = gather(attempt_name())[0]
         self.ledger = Ledger(
@@ -198,12 +204,13 @@ class RankLoop:
         recorder = EpochRecorder(epoch, self.job.total_cases, before, keeps_before=self.rank == 0)
         done = len(before.indices) // self.step_cases if before is not None else 0
         steps_per_epoch = max(1, self.job.train_cases // self.step_cases)
+        left = self.job.train_cases - (len(before.indices) if before is not None else 0)
         self.network.train()
         samples = rate = 0.0
         meter = StallMeter(time.perf_counter)
         self.pulses.begin(epoch, meter, steps_per_epoch, functools.partial(self.epochs.shard, epoch))
         evaluates = trainer.evaluates(epoch)
-        for batch in meter.steps(self.epochs.of(epoch, steps_per_epoch - done, ahead=not evaluates)):
+        for batch in meter.steps(self.epochs.of(epoch, left // self.step_cases, ahead=not evaluates)):
             check_epoch(batch, epoch)
             rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
             result = self.take_step(batch["image"], batch["label"], rate)

@@ -13,13 +13,14 @@ import ray.data
 
 from ingest.manifest import Manifest
 from ingest.pipeline import training_dataset, warm_reader
-from ingest.plan import Indices
+from ingest.plan import Indices, epochs_together
 
 from .ahead import TURNS
 from .flag import given_up
 from .holdout import HELD_OUT
 
 if TYPE_CHECKING:
+    from .config import Recipe
     from .loop import LoopJob
 
 DatasetMaker: TypeAlias = "ray.data.Dataset | Callable[[], ray.data.Dataset]"
@@ -27,7 +28,7 @@ DatasetMaker: TypeAlias = "ray.data.Dataset | Callable[[], ray.data.Dataset]"
 
 def datasets_of(job: LoopJob, manifest: Manifest, train: Indices) -> dict[str, DatasetMaker]:
     """What the ranks read, made anew at each start; of neither is anything read before the ranks iterate it."""
-    turns = TURNS[: job.recipe.trainer.epochs]  # one epoch needs no second data set
+    turns = TURNS[: len(job.executions(0))]  # one execution needs no second data set
     datasets: dict[str, DatasetMaker] = {
         name: functools.partial(planned_dataset, job, manifest, train, turn) for turn, name in enumerate(turns)
     }
@@ -43,7 +44,7 @@ def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices, turn: int 
         job: the run.
         manifest: of all its cases.
         train: indices to train on.
-        turn: 0 for the first epoch and every second one after it, 1 for the others.
+        turn: 0 for the first execution and every second one after it, 1 for the others.
 
     Raises:
         IngestError: why the last start failed, if that does not pass by starting again: Ray then ends the run.
@@ -55,14 +56,15 @@ def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices, turn: int 
     trainer = job.recipe.trainer
     # Where the ranks, or the good cases, are not known beforehand, Ray's equal split cuts what ranks cannot share: to
     # cut it here too would leave out up to a step twice.
-    known = trainer.max_workers is None and job.quarantine is None
+    known = ranks_are_known(job.recipe)
     multiple = trainer.least_step_cases if known else 1
     position = job.position()
+    executions = job.executions(position.epoch)
     return training_dataset(
         manifest,
         job.recipe.data,
-        first_epoch=position.epoch + turn,
-        every=len(TURNS),
+        # Where none is left for it, a data set is made and never executed.
+        executions=executions[turn :: len(TURNS)] or [range(position.epoch, position.epoch + 1)],
         consumed=position.before.indices if turn == 0 else None,
         multiple=multiple,
         batch=trainer.step_batch,
@@ -71,3 +73,13 @@ def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices, turn: int 
         record=job.monitor,
         candidates=train,
     )
+
+
+def ranks_are_known(recipe: Recipe) -> bool:
+    """Whether the plan can share out every epoch itself: no rank may come or go, and no case turn out bad."""
+    return recipe.trainer.max_workers is None and not recipe.data.bad.quarantines
+
+
+def most_together(recipe: Recipe, manifest: Manifest, train: Indices) -> int:
+    """Epochs that one execution of Ray Data reads at the most; what else ends one is for `ahead.executions_of`."""
+    return epochs_together(manifest.case_bytes()[train], recipe.data.shards) if ranks_are_known(recipe) else 1

@@ -11,7 +11,7 @@ import pytest
 
 import benchmarks.synthetic
 from benchmarks.child import in_child
-from benchmarks.scale import ScaleConfig, marginal_us, measure_plan, verdicts
+from benchmarks.scale import ScaleConfig, measure_plan, verdicts
 from benchmarks.synthetic import LINKED_FILES, linked_cases, synthetic_manifest
 from benchmarks.tree import TreeMeter
 from ingest.errors import ConfigError, IngestError
@@ -65,21 +65,25 @@ def cost(cases: int, cpu_us: float, **more: float) -> dict[str, float]:
         "shard_cases": ShardConfig().shard_cases,
         "ranks": 2,
         "first_batch_s": 2.0,
-        "next_epoch_first_batch_s": 0.5,
+        "next_first_batch_s": 0.5,
         **more,
     }
 
 
-def test_flatness_is_said_of_whole_epochs_and_of_further_samples() -> None:
-    # Half a second for an epoch's start, and 1 ms a sample whatever their number.
-    rows = [cost(cases, 1000 + 0.5e6 / cases) for cases in (1000, 10_000, 100_000)]
-    assert marginal_us(rows[0], rows[1]) == pytest.approx(1000)
-    lines = verdicts([], rows)
-    assert "-33%" in lines[0]
-    assert lines[0].endswith("no")
-    assert "0.50 s of CPU" in lines[1]
-    assert lines[1].endswith("yes")
-    assert lines[2].endswith("yes")
+@pytest.mark.parametrize(
+    ("costs", "words", "held"),
+    [
+        ((850, 470, 390), "850, 470, 390 us, the most 118% above the least", "no"),
+        ((410, 430, 392), "the most 10% above the least", "yes"),
+        ((400, 445, 400), "the most 11% above the least", "no"),  # the ends alone would be flat
+    ],
+)
+def test_flat_is_what_no_number_of_cases_departs_from(costs: tuple[float, ...], words: str, held: str) -> None:
+    rows = [cost(cases, us) for cases, us in zip((1000, 10_000, 100_000), costs, strict=True)]
+    flat, first_batch = verdicts([], rows)
+    assert words in flat
+    assert flat.endswith(held)
+    assert first_batch.endswith("yes")
 
 
 def test_a_plan_over_two_seconds_misses_its_target() -> None:

@@ -1,6 +1,7 @@
 """The pipeline on a real Ray: fused, ordered, and the same samples from any place and on any topology."""
 
 import concurrent.futures
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import ray.data
 
 from ingest.crop import CropConfig
 from ingest.digest import combine, digest_batches
-from ingest.errors import DecodeError, ObjectNotFoundError, StaleManifestError
+from ingest.errors import ConfigError, DecodeError, ObjectNotFoundError, StaleManifestError
 from ingest.index import index_cases
 from ingest.pipeline import DataConfig, training_dataset
 from ingest.plan import ShardConfig, epoch_order
+from ingest.quarantine import BadCaseConfig
+from ingest.quarantine_actor import start_quarantine
 from ingest.stores import StoreConfig, open_store
 from ingest.unwrap import own_error
 
@@ -158,6 +161,41 @@ def test_a_block_is_whole_batches_and_ranks_get_the_steps_of_the_order_in_turn(p
         for s in range(steps)
     ]
     assert len(first) == len(second) == steps * batch
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_epochs_read_on_end_give_each_rank_the_batches_of_epochs_by_themselves(places, ranks):
+    config = configure(places.gs, shard_cases=20)
+    together = batches_of_ranks(config, [range(1, 4), range(4, 5)], ranks)
+    assert together == batches_of_ranks(config, [range(epoch, epoch + 1) for epoch in range(1, 5)], ranks)
+    steps = 65 // (4 * ranks)
+    for rank in together:
+        assert [epoch for epoch, _, _ in rank] == [epoch for epoch in range(1, 5) for _ in range(steps)]
+        assert {len(indices) for _, indices, _ in rank} == {4}
+
+
+def batches_of_ranks(config: DataConfig, executions: list[range], ranks: int) -> list[list[tuple]]:
+    """Of each rank every batch's epoch, indices and what was made of its cases."""
+    samples = dataset(config, executions=executions, multiple=4 * ranks, batch=4, ranks=ranks)
+    splits = samples.streaming_split(ranks, equal=True)
+
+    def read(split):
+        found = []
+        for _ in executions:
+            for batch in split.iter_batches(batch_size=4, batch_format="numpy", drop_last=True):
+                (epoch,) = set(batch["epoch"].tolist())
+                found.append((epoch, batch["index"].tolist(), combine(digest_batches([batch]))))
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(read, splits))
+
+
+def test_with_a_quarantine_epochs_are_not_read_on_end(places, tmp_path):
+    config = dataclasses.replace(configure(places.local), bad=BadCaseConfig(on_bad="quarantine"))
+    quarantine = start_quarantine(str(tmp_path), config.bad, 65)
+    with pytest.raises(ConfigError, match=r"expected each epoch by itself.* executions of 3 epochs"):
+        dataset(config, executions=[range(3)], multiple=4, batch=4, quarantine=quarantine)
 
 
 def test_an_error_of_ours_comes_out_of_ray_as_it_was_raised(places, tmp_path):

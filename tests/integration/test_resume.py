@@ -93,6 +93,15 @@ def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(pla
     assert [row["train_loss"] for row in killed.rows] == pytest.approx([row["train_loss"] for row in calm.outcome.rows])
 
 
+def test_epochs_by_themselves_train_as_epochs_read_on_end(places, calm, tmp_path):
+    recipe = tiny(places.local, tmp_path / "run", **DETERMINISTIC)
+    shards = dataclasses.replace(recipe.data.shards, execution_cases=1)
+    alone = run(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=shards)), "tiny", quiet())
+    weights = weights_of(alone.run_dir)
+    assert all(torch.equal(weights[name], calm.weights[name]) for name in calm.weights)
+    assert [row["samples"] for row in alone.rows] == [row["samples"] for row in calm.outcome.rows]
+
+
 def test_on_two_ranks_a_kill_leaves_the_loss_curve_as_it_would_have_been(places, tmp_path):
     options = {"num_workers": 2, "epochs": 3, "evaluate_every": 0, "deterministic": True, "checkpoint_every_steps": 2}
     calm = run(tiny(places.local, tmp_path / "calm", **options), "tiny", quiet())

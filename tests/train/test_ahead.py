@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from train.ahead import LEAD_S, TURNS, EpochBatches
+from train.ahead import LEAD_S, TURNS, EpochBatches, executions_of
 
 WAIT_S = 10.0
 
@@ -55,8 +55,11 @@ class Clock:
         self.now_s += seconds
 
 
-def epochs_of(data: Data, clock: Clock | None = None, *, first_epoch: int = 0, epochs: int = 2) -> EpochBatches[str]:
-    return EpochBatches(data.shard_of, data.read, first_epoch=first_epoch, epochs=epochs, clock=clock or Clock())
+def epochs_of(
+    data: Data, clock: Clock | None = None, *, first_epoch: int = 0, epochs: int = 2, together: int = 1
+) -> EpochBatches[str]:
+    executions = executions_of(range(first_epoch, epochs), together, lambda _: False)
+    return EpochBatches(data.shard_of, data.read, executions=executions, clock=clock or Clock())
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -188,3 +191,64 @@ def test_epochs_out_of_turn_are_refused():
     epochs.begin(0)
     with pytest.raises(ValueError, match="one after the other, found 1"):
         next(epochs.of(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "most", "scored", "expected"),
+    [
+        (range(5), 1, (), [(0,), (1,), (2,), (3,), (4,)]),
+        (range(5), 2, (), [(0, 1), (2, 3), (4,)]),
+        (range(3, 9), 100, (), [(3, 4, 5, 6, 7, 8)]),
+        (range(7), 3, (1, 6), [(0, 1), (2, 3, 4), (5, 6)]),
+        (range(4), 9, range(4), [(0,), (1,), (2,), (3,)]),
+        (range(4, 4), 9, (), []),
+    ],
+)
+def test_epochs_are_read_on_end_up_to_the_next_scoring_and_no_more_than_so_many(epochs, most, scored, expected):
+    assert [tuple(found) for found in executions_of(epochs, most, lambda epoch: epoch in scored)] == expected
+
+
+def test_epochs_of_one_execution_are_read_on_end_and_the_next_execution_from_the_other_data_set():
+    data = Data(batches=9)
+    epochs = epochs_of(data, first_epoch=2, epochs=7, together=3)
+    taken = [list(epochs.of(epoch, 3 if epoch < 5 else 4)) for epoch in range(2, 7)]
+    even, odd = TURNS
+    assert taken[:3] == [[f"{even} 0.{batch}" for batch in range(first, first + 3)] for first in (0, 3, 6)]
+    # Of the last epoch of an execution all is taken that there is.
+    assert taken[3:] == [
+        [f"{odd} 1.{batch}" for batch in range(4)],
+        [f"{odd} 1.{batch}" for batch in range(4, 9)],
+    ]
+    assert data.begun == [even, odd]
+    assert [epochs.shard(epoch) for epoch in range(2, 8)] == [even, even, even, odd, odd, None]
+
+
+def test_the_next_execution_is_begun_in_the_last_epoch_of_one_only():
+    data, clock = Data(batches=300), Clock()
+    epochs = epochs_of(data, clock, epochs=6, together=3)
+    seen = {}
+    for epoch in range(3):
+        for step, _ in enumerate(epochs.of(epoch, 100), start=1):
+            if epochs.begun is not None:
+                seen.setdefault(epochs.begun, (epoch, step))
+            clock.go_on(LEAD_S / 40)
+        epochs.begin(epoch + 1)  # as after each epoch of a run
+    assert seen == {3: (2, 61)}  # its lead is 40 steps, of an execution of 300
+    data.wait_for(2)
+
+
+def test_an_epoch_that_is_too_short_for_its_execution_is_an_error_and_no_epoch_of_fewer_steps():
+    data = Data(batches=5)
+    epochs = epochs_of(data, epochs=2, together=2)
+    assert len(list(epochs.of(0, 3))) == 3
+    assert len(list(epochs.of(1, 3))) == 2  # as Ray's equal split may leave out
+    epochs = epochs_of(Data(batches=5), epochs=2, together=2)
+    with pytest.raises(RuntimeError, match=r"expected 6 batches of epoch 0, since epochs 0 to 1 .* found 5"):
+        list(epochs.of(0, 6))
+
+
+def test_an_epoch_within_an_execution_is_not_skipped():
+    epochs = epochs_of(Data(batches=9), epochs=3, together=3)
+    list(epochs.of(0, 3))
+    with pytest.raises(ValueError, match="one after the other, found 2"):
+        next(epochs.of(2, 3))

@@ -1,0 +1,70 @@
+"""Which epochs a run reads in one execution of Ray Data."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ingest.manifest import Manifest
+from ingest.pairing import Case
+from ingest.quarantine import BadCaseConfig
+from ingest.stores.base import ObjectMeta
+from train.config import Recipe, TrainerConfig
+from train.holdout import Holdout
+from train.loop import LoopJob
+from train.planned import datasets_of, most_together
+from train.recipes import KITS19_SMALL
+
+CASES = 12_000
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    def meta(name):
+        return ObjectMeta(name, 1000, 1, 7)
+
+    cases = [Case(f"case_{i:05d}", meta(f"case_{i:05d}_x.npy"), meta(f"case_{i:05d}_y.npy")) for i in range(CASES)]
+    return Manifest.from_cases(cases, images_uri="file:///images", labels_uri="file:///labels")
+
+
+def recipe_of(bad: BadCaseConfig | None = None, **trainer) -> Recipe:
+    recipe = KITS19_SMALL
+    data = dataclasses.replace(recipe.data, images="images", labels="labels", bad=bad or BadCaseConfig())
+    return dataclasses.replace(recipe, data=data, trainer=TrainerConfig(**{"epochs": 7, "evaluate_every": 0} | trainer))
+
+
+def job_of(recipe: Recipe, manifest: Manifest, run_dir) -> LoopJob:
+    train = np.arange(CASES)
+    held_out = Holdout(manifest, train[:0], recipe.data)
+    together = most_together(recipe, manifest, train)
+    return LoopJob(
+        recipe=recipe,
+        run_dir=str(run_dir),
+        holdout=held_out,
+        train_cases=CASES,
+        total_cases=CASES,
+        together=together,
+    )
+
+
+def test_a_run_reads_small_epochs_on_end_up_to_its_scorings(manifest, tmp_path):
+    job = job_of(recipe_of(), manifest, tmp_path)
+    assert job.executions(0) == [range(3), range(3, 6), range(6, 7)]
+    assert job.executions(2) == [range(2, 5), range(5, 7)]
+    scored = job_of(recipe_of(evaluate_every=2), manifest, tmp_path)
+    assert scored.executions(0) == [range(1), range(1, 3), range(3, 5), range(5, 7)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bad": BadCaseConfig(on_bad="quarantine")}, {"bad": BadCaseConfig(on_stale="quarantine")}, {"max_workers": 4}],
+)
+def test_a_run_whose_ranks_or_cases_may_change_reads_each_epoch_by_itself(manifest, tmp_path, changes):
+    job = job_of(recipe_of(**changes), manifest, tmp_path)
+    assert job.executions(0) == [range(epoch, epoch + 1) for epoch in range(7)]
+
+
+@pytest.mark.parametrize(("epochs", "names"), [(3, ["train"]), (4, ["train", "train_next"])])
+def test_a_second_data_set_is_made_where_there_is_a_second_execution(manifest, tmp_path, epochs, names):
+    job = job_of(recipe_of(epochs=epochs), manifest, tmp_path)
+    assert list(datasets_of(job, manifest, np.arange(CASES))) == names
