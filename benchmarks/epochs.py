@@ -28,6 +28,7 @@ class Timing:
         wall_s: from asking for it to its last batch.
         first_batch_s: until the last of the ranks had its first batch; in the first one from making the data set on.
         cpu_s: of the whole process tree.
+        cpu_s_by_role: the same, as `tree.ROLES` has them.
     """
 
     epochs: int
@@ -35,6 +36,7 @@ class Timing:
     wall_s: float
     first_batch_s: float
     cpu_s: float
+    cpu_s_by_role: dict[str, float]
 
 
 def run_executions(
@@ -67,7 +69,7 @@ def run_executions(
     iterators = samples.streaming_split(ranks, equal=True)
     timings: list[Timing] = []
     for execution in range(executions):
-        cpu_s, started = meter.cpu_s(), time.perf_counter()
+        before_s, started = meter.cpu_s_by_role(), time.perf_counter()
         found: list[tuple[int, float]] = []
         consume = _Consumer(batch, prefetch_batches, started if execution else asked, found)
         threads = [threading.Thread(target=consume, args=(iterator,)) for iterator in iterators[1:]]
@@ -78,13 +80,15 @@ def run_executions(
             thread.join()
         if len(found) != ranks:
             raise RuntimeError(f"expected {ranks} ranks to end the execution, found {len(found)}; see the error above")
+        spent_s = {role: used_s - before_s[role] for role, used_s in meter.cpu_s_by_role().items()}
         timings.append(
             Timing(
                 epochs=together,
                 samples=sum(count for count, _ in found),
                 wall_s=time.perf_counter() - started,
                 first_batch_s=max(first_s for _, first_s in found),
-                cpu_s=meter.cpu_s() - cpu_s,
+                cpu_s=sum(spent_s.values()),
+                cpu_s_by_role=spent_s,
             )
         )
     return timings

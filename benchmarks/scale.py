@@ -100,14 +100,16 @@ class ScaleConfig:
     ranks: tuple[int, ...] = (1, 4)
     """Ranks, beside two."""
 
-    least_samples: int = 40_000
-    """Samples that each measurement takes, or so: whole executions of Ray Data, after a first one. Each is an epoch, or
-    as many smaller ones as a run reads on end."""
+    executions: int = 3
+    """Executions of Ray Data that each measurement takes after a first one, which is cold: the median counts. Each is
+    an epoch, or as many smaller ones as a run reads on end that scores nothing meanwhile."""
 
     def __post_init__(self) -> None:
         for name in ("plan_cases", "cost_cases", "shard_cases", "ranks"):
             if any(value < 1 for value in getattr(self, name)):
                 raise ConfigError(f"{name} must be 1 or more each; got {getattr(self, name)}")
+        if self.executions < 1:
+            raise ConfigError(f"executions must be 1 or more; got {self.executions}")
         if self.cost_cases and min(self.cost_cases) < BATCH * max(2, *self.ranks, 2):
             raise ConfigError(f"cost_cases must give every rank a batch of {BATCH}; got {self.cost_cases}")
 
@@ -146,7 +148,7 @@ def measure_plan(*, cases: int, seed: int) -> dict[str, Any]:
     """In a process of its own: what a driver does before the first object is read.
 
     Returns:
-        Seconds for loading a manifest, splitting it, planning an epoch and making its read tasks; MB of the
+        Seconds for loading a manifest, splitting it, planning an execution and making its read tasks; MB of the
         manifest, of the most that planning held above it, and of what is pickled: all tasks, and the data source.
     """
     manifest = synthetic_manifest(cases, seed=seed)
@@ -206,17 +208,19 @@ def timed(function: Callable[[], T]) -> tuple[float, T]:
 def measure_costs(config: ScaleConfig, console: Console) -> list[Row]:
     """One row a number of cases, then a row a size of shards and a row a number of ranks."""
     default = ShardConfig().shard_cases
-    plans = [(cases, default, 2) for cases in config.cost_cases]
-    plans += [(config.middle_cases, shard_cases, 2) for shard_cases in config.shard_cases]
-    plans += [(config.middle_cases, default, ranks) for ranks in config.ranks]
+    plans = [(cases, default, 2, False) for cases in config.cost_cases]
+    plans += [(min(config.cost_cases), default, 2, True)]
+    plans += [(config.middle_cases, shard_cases, 2, False) for shard_cases in config.shard_cases]
+    plans += [(config.middle_cases, default, ranks, False) for ranks in config.ranks]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         given = None
         if config.images or config.labels:
             given = index_cases(config.images, config.labels).manifest
             plans = sorted({(min(cases, len(given)), *rest) for cases, *rest in plans})
-        for cases, shard_cases, ranks in plans:
-            console.print(f"{cases:,} cases, shards of {shard_cases}, {ranks} ranks", style="dim")
+        for cases, shard_cases, ranks, alone in plans:
+            how = ", an epoch at a time" if alone else ""
+            console.print(f"{cases:,} cases{how}, shards of {shard_cases}, {ranks} ranks", style="dim")
             if given is None:
                 manifest, patch = linked_cases(cases, config.pair_kb), patch_of(side_of(config.pair_kb))
             else:
@@ -231,7 +235,8 @@ def measure_costs(config: ScaleConfig, console: Console) -> list[Row]:
                     patch=patch,
                     shard_cases=shard_cases,
                     ranks=ranks,
-                    least_samples=config.least_samples,
+                    alone=alone,
+                    executions=config.executions,
                     seed=config.seed,
                 )
             )
@@ -239,21 +244,20 @@ def measure_costs(config: ScaleConfig, console: Console) -> list[Row]:
 
 
 def measure_cost(
-    *, manifest_uri: str, patch: Sequence[int], shard_cases: int, ranks: int, least_samples: int, seed: int
+    *, manifest_uri: str, patch: Sequence[int], shard_cases: int, ranks: int, alone: bool, executions: int, seed: int
 ) -> dict[str, Any]:
-    """In a process of its own: executions of a data set; the first one is cold, its samples' cost does not count."""
+    """In a process of its own: executions of a data set, each of one epoch where `alone`, after a first, cold one."""
     depth, height, width = patch
     data = DataConfig(
         seed=seed,
         holdout_fraction=0,
         crop=CropConfig(patch=(depth, height, width)),
-        shards=_shards_of(shard_cases),
+        shards=_shards_of(shard_cases, alone=alone),
     )
     with connected_ray(), TreeMeter() as meter:
         load_s, (manifest, data) = timed(lambda: _opened(manifest_uri, data))
-        together = epochs_together(manifest.case_bytes(), data.shards)
-        executions = 1 + max(1, round(least_samples / (together * len(manifest))))
-        timings = run_executions(manifest, data, ranks=ranks, batch=BATCH, executions=executions, meter=meter)
+        timings = run_executions(manifest, data, ranks=ranks, batch=BATCH, executions=1 + executions, meter=meter)
+    together = timings[0].epochs
     planner = planner_of(manifest, data, np.arange(len(manifest)), ranks=ranks)
     cpu_us = spread([timing.cpu_s / timing.samples * 1e6 for timing in timings[1:]])
     return {
@@ -263,7 +267,8 @@ def measure_cost(
         "shard_cases": shard_cases,
         "ranks": ranks,
         "epochs": together,
-        "executions": executions - 1,
+        "executions": executions,
+        "alone": alone,
         "cpu_us_per_sample": cpu_us["median"],
         "cpu_us_low": cpu_us["low"],
         "cpu_us_high": cpu_us["high"],
@@ -273,10 +278,10 @@ def measure_cost(
     }
 
 
-def _shards_of(shard_cases: int) -> ShardConfig:
-    default = ShardConfig()
+def _shards_of(shard_cases: int, *, alone: bool) -> ShardConfig:
+    default = ShardConfig(execution_cases=1) if alone else ShardConfig()
     shard_bytes = default.shard_bytes * max(shard_cases, default.shard_cases) // default.shard_cases
-    return ShardConfig(shard_cases=shard_cases, shard_bytes=shard_bytes)
+    return dataclasses.replace(default, shard_cases=shard_cases, shard_bytes=shard_bytes)
 
 
 def _opened(manifest_uri: str, data: DataConfig) -> tuple[Manifest, DataConfig]:
@@ -302,8 +307,15 @@ def verdicts(plans: Sequence[Row], costs: Sequence[Row]) -> list[str]:
         lines.append(
             f"CPU a sample from {ladder[0]['cases']:,} to {ladder[-1]['cases']:,} cases: "
             f"{', '.join(f'{us:,.0f}' for us in per_sample)} us, the most {spread_of_all:.0%} above the least; flat "
-            f"within {FLAT_WITHIN:.0%}: {_word(spread_of_all <= FLAT_WITHIN)}"
+            f"within {FLAT_WITHIN:.0%}: {_word(spread_of_all <= FLAT_WITHIN)} (in executions of "
+            f"{', '.join(str(row['epochs']) for row in ladder)} epochs, as a run reads that scores nothing meanwhile)"
         )
+    lines += [
+        f"an epoch at a time, as a run reads that scores after each: {row['cpu_us_per_sample']:,.0f} us of "
+        f"{row['cases']:,} cases"
+        for row in costs
+        if row["alone"]
+    ]
     for row in ladder[-1:]:
         held = row["first_batch_s"] <= 3 and row["next_first_batch_s"] <= 1
         lines.append(
@@ -316,9 +328,8 @@ def verdicts(plans: Sequence[Row], costs: Sequence[Row]) -> list[str]:
 def ladder_of(costs: Sequence[Row]) -> list[Row]:
     """The rows that differ by their cases alone, ascending."""
     default = ShardConfig().shard_cases
-    return sorted(
-        (row for row in costs if row["shard_cases"] == default and row["ranks"] == 2), key=lambda row: row["cases"]
-    )
+    alike = [row for row in costs if row["shard_cases"] == default and row["ranks"] == 2 and not row["alone"]]
+    return sorted(alike, key=lambda row: row["cases"])
 
 
 def _word(held: bool) -> str:
@@ -330,7 +341,7 @@ def draw(axes: Axes, costs: Sequence[Row]) -> None:
     ladder = ladder_of(costs)
     for row in costs:
         if row not in ladder:
-            label = f"{row['shard_cases']} cases a shard, {row['ranks']} ranks"
+            label = f"{row['shard_cases']} cases a shard, {row['ranks']} ranks{', alone' if row['alone'] else ''}"
             axes.plot(row["cases"], row["cpu_us_per_sample"], "x", label=label)
     if ladder:
         middle = np.array([row["cpu_us_per_sample"] for row in ladder])

@@ -1,7 +1,8 @@
 """Where a sample's time goes: CPU milliseconds of each stage on its way from the store to a tensor.
 
 Each piece is our own function, called alone in one process on the same cases; what the whole Ray run takes beyond
-their sum, over all of its processes, is Ray's: to schedule, serialise, hold in the object store and iterate.
+their sum, over all of its processes, is Ray's: to schedule, serialise, hold in the object store and iterate. The same
+whole is also shown by processes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from .epochs import run_executions
 from .place import opened
 from .report import Report, Row, meta_of
 from .scale import planner_of
-from .tree import TreeMeter
+from .tree import ROLES, TreeMeter
 
 BATCH = 32
 RANKS = 2
@@ -89,7 +90,7 @@ class StagesConfig:
     """Samples that each piece is measured on."""
 
     rounds: int = 5
-    """Times that each piece is measured; also epochs of the whole run after its first. The median counts."""
+    """Times that each piece is measured; half as many executions of the whole after its first. The median counts."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.samples < BATCH or self.pairs < BATCH * RANKS:
@@ -234,16 +235,19 @@ def cpu_s_of(piece: Callable[[], object]) -> float:
 def measure_whole(
     *, manifest_uri: str, transport: Transport, patch: Sequence[int], rounds: int, seed: int
 ) -> dict[str, list[float]]:
-    """In a process of its own: the pipeline in Ray; CPU ms a sample, and samples/s, one figure an execution."""
+    """In a process of its own: the pipeline in Ray, one figure an execution.
+
+    Returns:
+        `cpu_ms` a sample in all, and by each of `tree.ROLES`; and `samples_per_s`.
+    """
     manifest, data = settled(manifest_uri, transport, patch, seed)
     with connected_ray(), TreeMeter() as meter:
-        timings = run_executions(manifest, data, ranks=RANKS, batch=BATCH, executions=1 + -(-rounds // 2), meter=meter)[
-            1:
-        ]
+        executions = 1 + -(-rounds // 2)  # each takes many epochs of so few cases
+        timings = run_executions(manifest, data, ranks=RANKS, batch=BATCH, executions=executions, meter=meter)[1:]
     return {
         "cpu_ms": [timing.cpu_s / timing.samples * 1e3 for timing in timings],
         "samples_per_s": [timing.samples / timing.wall_s for timing in timings],
-    }
+    } | {role: [timing.cpu_s_by_role[role] / timing.samples * 1e3 for timing in timings] for role in ROLES}
 
 
 def rows_of(transport: str, pieces: dict[str, list[float]], whole: dict[str, list[float]]) -> list[Row]:
@@ -270,6 +274,18 @@ def rows_of(transport: str, pieces: dict[str, list[float]], whole: dict[str, lis
         }
         for stage in STAGES
     ]
+    for role in ROLES:
+        used = statistics.median(whole[role])
+        rows.append(
+            {
+                "transport": transport,
+                "stage": f"by process: {role}",
+                "cpu_ms_per_sample": used,
+                "low": min(whole[role]),
+                "high": max(whole[role]),
+                "share": used / total,
+            }
+        )
     rows.append(
         {
             "transport": transport,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import threading
@@ -12,6 +13,11 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _LOOK_EVERY_S = 0.5
 ProcessKey = tuple[int, int]  # pid and start time: a pid alone may be given again
+
+ROLES = ("own", "readers", "coordinator", "raylet", "services")
+"""What a process of a Ray that reads is: this one, which consumes; the workers of read tasks; the actors that run Ray
+Data's executions and keep its statistics; the raylet with its object store; and what Ray has beside them (GCS,
+dashboard, agents, monitors)."""
 
 
 class TreeMeter:
@@ -31,6 +37,7 @@ class TreeMeter:
         self._leave_out = frozenset(leave_out)
         self._lock = threading.Lock()
         self._used_s: dict[ProcessKey, float] = {}
+        self._roles: dict[ProcessKey, str] = {}
         self._peak_bytes = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="tree-meter", daemon=True)
@@ -51,6 +58,15 @@ class TreeMeter:
         with self._lock:
             self._look()
             return sum(self._used_s.values())
+
+    def cpu_s_by_role(self) -> dict[str, float]:
+        """The same by `ROLES`."""
+        with self._lock:
+            self._look()
+            sums: collections.Counter[str] = collections.Counter(dict.fromkeys(ROLES, 0.0))
+            for key, used_s in self._used_s.items():
+                sums[self._roles[key]] += used_s
+            return dict(sums)
 
     def peak_rss_bytes(self) -> int:
         """The most that the tree's processes held together at any look.
@@ -88,6 +104,9 @@ class TreeMeter:
                 continue
             _, key, used_s, own, shared = found[pid]
             self._used_s[key] = used_s
+            # A worker is idle before it is told what it is for.
+            if self._roles.get(key, "readers") == "readers":
+                self._roles[key] = "own" if pid == self._root else _role_of(pid)
             own_bytes += own
             shared_bytes = max(shared_bytes, shared)
             pending += children.get(pid, [])
@@ -102,6 +121,15 @@ def _stat_of(pid: int) -> tuple[int, ProcessKey, float, int, int]:
     used_s = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
     resident, shared = (int(pages) * _PAGE_BYTES for pages in Path(f"/proc/{pid}/statm").read_bytes().split()[1:3])
     return int(fields[1]), (pid, int(fields[19])), used_s, resident - shared, shared
+
+
+def _role_of(pid: int) -> str:
+    title = ""
+    with contextlib.suppress(OSError):  # it has ended since
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode("utf-8", "replace")
+    if not title.startswith("ray::") or title.endswith("Agent"):
+        return "raylet" if title.endswith("/raylet") else "services"
+    return "readers" if title == "ray::IDLE" or "Read" in title else "coordinator"
 
 
 def rss_bytes() -> int:

@@ -14,14 +14,13 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import ray.data
 import ray.train
 import ray.train.torch
-import torch
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -33,15 +32,12 @@ from ingest.index import index_cases
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, training_dataset, warm_reader
 from ingest.plan import epochs_together
-from ingest.stall import StallMeter, StallReport
 from ingest.stores.base import StoreConfig
 from ingest.transport import choose_transport
-from train.ahead import TURNS, EpochBatches, executions_of
+from train.ahead import TURNS
 from train.launch import environment
-from train.loop import Batch, ToTensors, check_epoch
-from train.validate import gather
 
-from .meeting import Meeting
+from .emulated import EmulatedJob, RankReport, emulated_loop
 from .place import Place, opened
 from .profiles import PROFILES
 from .report import Report, Row, meta_of
@@ -107,7 +103,11 @@ class UtilizationConfig:
     """Samples a rank and step of the sweep."""
 
     steps: int = 300
-    """Steps of each rank at the least, in whole epochs and at least two of them."""
+    """Steps of each rank at the least, in whole epochs and at least two executions of Ray Data."""
+
+    together: int | None = None
+    """Epochs that one execution reads at the most; None as many as a run that scores nothing meanwhile. 1 is as in a
+    run that scores held-out cases after each."""
 
     scale_down: float = 32.0
     """Divides the size of unet3d-h100's volumes: 147 MB at 2 x 7 / 0.323 s would be 6.4 GB/s."""
@@ -126,46 +126,10 @@ class UtilizationConfig:
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.batch < 1 or self.steps < 2:
             raise ConfigError(f"expected ranks and batch of 1, steps of 2 or more, found {self}; raise them")
+        if self.together is not None and self.together < 1:
+            raise ConfigError(f"expected together of 1 or more, found {self.together}; leave it out for the most")
         if not self.profile or any(share <= 0 for share in self.shares) or self.scale_down < 1:
             raise ConfigError(f"expected a profile, shares above 0 and a scale_down of 1 or more, found {self}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmulatedJob:
-    """What every rank is given: plain values.
-
-    Attributes:
-        step_s: seconds of one step's emulated compute; 0 computes nothing.
-        epochs: passes over the cases.
-        together: epochs that one execution of Ray Data reads.
-        steps_per_epoch: of each rank.
-        batch: samples a step.
-        prefetch_batches: as `train.config` has it.
-    """
-
-    step_s: float
-    epochs: int
-    together: int
-    steps_per_epoch: int
-    batch: int
-    prefetch_batches: int
-
-    def executions(self) -> list[range]:
-        """The epochs of each; nothing is scored between them."""
-        return executions_of(range(self.epochs), self.together, lambda _: False)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RankReport:
-    """One rank's run.
-
-    Attributes:
-        whole: all epochs on end.
-        by_epoch: each epoch by itself, as DLIO has it.
-    """
-
-    whole: StallReport
-    by_epoch: list[StallReport]
 
 
 def run(config: UtilizationConfig, console: Console) -> int:
@@ -253,10 +217,11 @@ def measure(
             f"expected at least {config.ranks * batch} pairs, a batch of {batch} for each of {config.ranks} ranks, "
             f"found {len(manifest)}; give more pairs or lower --batch"
         )
+    together = config.together or epochs_together(manifest.case_bytes(), data.shards)
     job = EmulatedJob(
         step_s=step_s,
-        epochs=max(2, math.ceil(config.steps / steps_per_epoch)),
-        together=epochs_together(manifest.case_bytes(), data.shards),
+        epochs=max(together + 1, math.ceil(config.steps / steps_per_epoch)),
+        together=together,
         steps_per_epoch=steps_per_epoch,
         batch=batch,
         prefetch_batches=config.prefetch_batches,
@@ -287,57 +252,6 @@ def _dataset(manifest: Manifest, data: DataConfig, job: EmulatedJob, ranks: int,
     return training_dataset(
         manifest, data, executions=executions, multiple=ranks * job.batch, batch=job.batch, ranks=ranks
     )
-
-
-def emulated_loop(config: Mapping[str, Any]) -> list[RankReport]:
-    """What each rank runs; Ray hands back the answer of rank 0, which is every rank's."""
-    torch.set_num_threads(1)
-    meeting = Meeting(ray.train.get_context().get_world_rank())
-    reports = gather(EmulatedRank(config["job"], meeting).run())
-    meeting.close()
-    return reports
-
-
-class EmulatedRank:
-    """One rank's epochs, timed as one run and each by itself."""
-
-    def __init__(self, job: EmulatedJob, meeting: Meeting) -> None:
-        """Start the clock of the whole run."""
-        self.job, self.meeting = job, meeting
-        self.by_epoch: list[StallReport] = []
-        self.whole = StallMeter()
-        self.epoch = self.whole
-
-    def run(self) -> RankReport:
-        """Sleep through every step."""
-        samples = 0
-        for batch in self.whole.steps(self._steps()):
-            if self.job.step_s:
-                time.sleep(self.job.step_s)
-            samples += len(batch["index"])
-            with self.whole.aside(), self.epoch.aside():
-                self.meeting.wait()
-        return RankReport(whole=self.whole.result(samples=samples), by_epoch=self.by_epoch)
-
-    def _steps(self) -> Iterator[Batch]:
-        epochs = EpochBatches(ray.train.get_dataset_shard, self._batches, executions=self.job.executions())
-        for number in range(self.job.epochs):
-            samples = 0
-            self.epoch = StallMeter()
-            for batch in self.epoch.steps(epochs.of(number, self.job.steps_per_epoch)):
-                check_epoch(batch, number)
-                samples += len(batch["index"])
-                yield batch
-            self.by_epoch.append(self.epoch.result(samples=samples))
-
-    def _batches(self, shard: ray.data.DataIterator) -> Iterator[Batch]:
-        batches: Any = shard.iter_torch_batches(
-            batch_size=self.job.batch,
-            prefetch_batches=self.job.prefetch_batches,
-            drop_last=True,
-            collate_fn=ToTensors(),
-        )
-        yield from batches
 
 
 def row_of(reports: Sequence[RankReport], *, step_s: float, batch: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,6 +77,11 @@ class PairedVolumeDatasource(ray.data.Datasource):
         self._record = record
         self._known_first = self._known()
         self._planned: tuple[int, ReadPlan] | None = None
+        self._counted: ReadPlan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of; a plan is made anew wherever it is needed."""
+        return vars(self) | {"_planned": None, "_counted": None}
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all objects of the first execution."""
@@ -85,6 +91,11 @@ class PairedVolumeDatasource(ray.data.Datasource):
     def first_shards(self) -> int:
         """Shards of the first execution, as far as bad cases are known."""
         return self._plan_now(None).num_shards
+
+    def most_shards(self) -> int:
+        """About as many shards as the largest execution has: the last of them, of which nothing is consumed."""
+        executions = self._executions or [range(self._first_epoch + 1, self._first_epoch + 2)]
+        return self._plan(max(reversed(executions), key=len), self._known_first).num_shards
 
     def get_read_tasks(
         self,
@@ -129,7 +140,9 @@ class PairedVolumeDatasource(ray.data.Datasource):
 
     def _plan_now(self, data_context: DataContext | None) -> ReadPlan:
         if data_context is None:
-            return self._plan(self._epochs_of(0), self._known_first)
+            if self._counted is None:
+                self._counted = self._plan(self._epochs_of(0), self._known_first)
+            return self._counted
         # The same private counter that Ray's own FileShuffleConfig goes by; a test pins how it counts.
         execution = data_context._execution_idx
         if self._planned is None or self._planned[0] != execution:

@@ -166,7 +166,11 @@ def read_shard(spec: ShardSpec) -> Iterator[pa.Table]:
                     before_s = time.perf_counter()
                     arrived = fetched()
                     waited_s = time.perf_counter() - before_s
-                    TALLY.fetched(int(spec.epochs[chunk.start]), bytes_read=_bytes_of(arrived), waited_s=waited_s)
+                    epoch = int(spec.epochs[chunk.start])
+                    if number > ahead and epoch != spec.epochs[chunk.start - 1]:
+                        # Who has trained the epoch before asks what was done for it, at once.
+                        TALLY.tell(spec.record, now=True)
+                    TALLY.fetched(epoch, bytes_read=_bytes_of(arrived), waited_s=waited_s)
                     block.append(_table(spec, cases, chunk, arrived))
                     if chunk.stop % spec.block == 0 or chunk.stop == len(cases):
                         yield pa.concat_tables(block)

@@ -65,8 +65,8 @@ class DataConfig:
     """URI of their labels."""
 
     blocks_in_flight: int | None = None
-    """Read tasks of an epoch at once over the whole cluster; None leaves it to Ray Data. The next epoch has as many of
-    its own once it is begun, while the last steps of one are trained."""
+    """Read tasks of an execution at once over the whole cluster; None leaves it to Ray Data. The next execution has as
+    many of its own once it is begun, while the last steps of one are trained."""
 
     task_cpus: float = 1.0
     """CPUs that Ray reserves for one read task."""
@@ -152,7 +152,7 @@ def training_dataset(
 
     Raises:
         ConfigError: `config.bad` wants a quarantine, and none is given; or with one, several epochs are to be read on
-            end, of which a bad case would shift the later ones.
+            end, of which a bad case would shift the later ones; or executions of nothing.
     """
     if config.bad.quarantines and quarantine is None:
         raise ConfigError(
@@ -167,6 +167,11 @@ def training_dataset(
     if candidates is None:
         candidates, _ = split_holdout(config.seed, manifest.subjects(), config.holdout_fraction)
     if executions is not None:
+        if not executions or not all(executions) or first_epoch:
+            raise ConfigError(
+                f"expected executions of one epoch or more each, and no first_epoch beside them, found {executions} "
+                f"and {first_epoch}; give one or the other"
+            )
         first_epoch = executions[0][0]
     longest = 1 if executions is None else max(map(len, executions))
     batches = block_batches(len(candidates) * longest, batch, ranks, batch * sample_bytes(config), config.shards)
@@ -208,7 +213,9 @@ def training_dataset(
     )
     functools.update_wrapper(sample, sample_patches)
     shards = max(1, source.first_shards())
-    concurrency = None if config.blocks_in_flight is None else min(config.blocks_in_flight, shards)
+    concurrency = config.blocks_in_flight
+    if concurrency is not None:
+        concurrency = max(1, min(concurrency, source.most_shards()))
     block_bytes = block_target_bytes(config, block, manifest.id_bytes())
     with made_with(execution_options(config.label_selector), block_bytes=block_bytes):
         read = ray.data.read_datasource(

@@ -85,7 +85,9 @@ class ShardConfig:
     execution_cases: int = 32_768
     """Epochs of fewer cases are read several in one execution of Ray Data, until it has this many: each costs about
     0.4 s of CPU and a pause, and what is said above of small epochs then goes for all of them together. Held-out
-    cases are scored between executions. 1 reads every epoch by itself, as quarantines and elastic runs always do."""
+    cases are scored between executions, so that nothing changes where each epoch is scored. A run that is stopped has
+    read ahead as much as Ray's object store holds. 1 reads every epoch by itself, as quarantines and elastic runs
+    always do."""
 
     execution_bytes: int = 5 * 2**30
     """As `execution_cases`, bytes of the objects."""
@@ -155,17 +157,17 @@ def shard_bounds(sizes: Indices, config: ShardConfig, unit: int = 1) -> Indices:
 
 
 def block_batches(cases: int, batch: int, ranks: int, batch_bytes: int, config: ShardConfig) -> int:
-    """Batches of one block: as many as `block_bytes` holds, and so few that every rank gets some blocks an epoch."""
+    """Batches of one block: as many as `block_bytes` holds, and so few that every rank gets some blocks of `cases`."""
     steps = cases // (batch * ranks)
     return max(1, min(config.block_bytes // max(1, batch_bytes), steps // LEAST_BLOCKS))
 
 
 def in_blocks(order: Indices, batch: int, ranks: int, batches: int) -> tuple[Indices, list[int], int]:
-    """Arrange an epoch so that ranks which are dealt blocks in turn take its steps in order.
+    """Arrange an execution so that ranks which are dealt blocks in turn take its steps in order.
 
     Step s is order[s * ranks * batch : (s + 1) * ranks * batch], a batch for each rank. A rank's block holds its
     batches of some steps on end; so at each step all that was trained on is a prefix of `order`, whatever the blocks.
-    The first blocks of an epoch are small, and each is twice the one before: the first step need not wait for a
+    The first blocks of an execution are small, and each is twice the one before: the first step need not wait for a
     whole block, and while the ranks train on one, the next is read.
 
     Args:
@@ -228,7 +230,8 @@ def plan_epochs(
         batch: cases of a rank's batch.
         ranks: that blocks are dealt to in turn, where that is known; then, and where there are several epochs,
             `multiple` is a multiple of ranks times batch.
-        batches: of a block; no shard cuts a block, and the smaller ones at the end are shards of their own.
+        batches: of a block, or fewer where there is less to read than `block_batches` goes by; no shard cuts a block,
+            and blocks that are smaller than this are shards of their own.
         shuffle: False keeps the order of the manifest, as validation wants it.
 
     Raises:
@@ -257,10 +260,14 @@ def plan_epochs(
         parts.append(left[:whole])
         tails.append(left[whole:])
     by_steps = np.concatenate(parts)
-    at, small, full = in_blocks(np.arange(len(by_steps)), batch, ranks, batches)
+    own = max(1, min(batches, -(-len(by_steps) // (batch * ranks * LEAST_BLOCKS))))
+    at, small, full = in_blocks(np.arange(len(by_steps)), batch, ranks, own)
     order = by_steps[at]
     lead = small[-1] if small else 0
-    bounds = lead + shard_bounds(case_bytes[order[lead:full]], shards, batch * batches)
+    if own == batches:
+        bounds = lead + shard_bounds(case_bytes[order[lead:full]], shards, batch * batches)
+    else:  # within a shard, Ray gathers smaller blocks into large ones
+        bounds = np.arange(lead, full + 1, batch * own)
     short = (len(order) - full) // ranks
     rest = np.arange(full + short, len(order) + 1, short) if short else np.zeros(0, dtype=np.int64)
     bounds = np.concatenate([np.asarray([0, *small[:-1]] if small else [], dtype=np.int64), bounds, rest])

@@ -15,7 +15,7 @@ import numpy as np
 from .plan import Indices
 from .stores.retry import COMPOSITES, RETRIES
 
-FLUSH_S = 1.0  # so that what is counted costs a call a second and task, and not one a sample
+FLUSH_S = 1.0  # so that what is counted costs a call a second, task and epoch, and not one a sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

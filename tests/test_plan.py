@@ -156,6 +156,21 @@ def test_small_epochs_on_end_are_cut_into_shards_as_one_large_epoch_is():
     assert plan(range(32), nobody).epochs.tolist() == np.repeat(np.arange(32), 960).tolist()
 
 
+@pytest.mark.parametrize("steps", [1, 3, 8, 20, 40])
+def test_a_short_execution_is_read_in_blocks_of_its_own_size_so_that_its_first_steps_come_soon(steps):
+    batch, ranks, batches = 4, 2, 6  # as longer executions of the same data set have them
+    plan = plan_epochs(
+        case_bytes=np.ones(steps * 8, np.int64), seed=1, epochs=(0,), shards=ShardConfig(), multiple=8, batch=batch,
+        ranks=ranks, batches=batches,
+    )  # fmt: skip
+    blocks = np.diff(plan.bounds).tolist()  # each a shard: Ray gathers smaller blocks of one shard into large ones
+    assert max(blocks) <= batch * -(-steps // 8)
+    assert blocks[:2] == [batch] * 2 or steps > 8
+    assert len(blocks) <= 2 * 8 + 4
+    assert set(blocks[::2]) >= set(blocks[1::2])  # dealt in pairs
+    assert blocks[::2] == blocks[1::2]
+
+
 def test_each_epoch_has_another_order_and_the_same_seed_the_same():
     first, again, next_epoch, other_seed = (epoch_order(s, e, 1000) for s, e in ((1, 0), (1, 0), (1, 1), (2, 0)))
     assert np.array_equal(first, again)

@@ -27,7 +27,8 @@ TURNS = ("train", "train_next")
 LEAD_S = 3.0
 """Seconds of training that an execution still has when the next is begun: several times what Ray needs for it, and
 short enough for the bad cases of an epoch to be known before the next is planned, but for those of its last reads. Of a
-short execution it is a quarter, since the next takes part of the CPUs that it is read with."""
+short execution it is a quarter, since the next takes part of the CPUs that it is read with; and it is half of the last
+epoch at the most."""
 
 
 MOST_WAITED = 0.05
@@ -47,10 +48,11 @@ def executions_of(epochs: range, most: int, evaluates: Callable[[int], bool]) ->
     """
     found: list[range] = []
     start = epochs.start
-    for epoch in epochs:
-        if evaluates(epoch) or epoch + 1 - start == most or epoch + 1 == epochs.stop:
-            found.append(range(start, epoch + 1))
-            start = epoch + 1
+    for stop in (epoch + 1 for epoch in epochs if evaluates(epoch) or epoch == epochs[-1]):
+        parts = -(-(stop - start) // most)  # of about one length: a short one left over would pay a start for little
+        cuts = [start + (stop - start) * part // parts for part in range(parts + 1)]
+        found += [range(*cut) for cut in itertools.pairwise(cuts)]
+        start = stop
     return found
 
 
@@ -105,7 +107,7 @@ class EpochBatches(Generic[T]):
                 it would take the scoring's CPUs, and Ray ends what nobody takes blocks from for half an hour.
 
         Raises:
-            RuntimeError: an epoch that is not the last of its execution has fewer batches than it should.
+            RuntimeError: an epoch of an execution of several has fewer batches than it should.
             Exception: whatever made reading fail, also where it failed ahead of time.
         """
         batches = self._batches_from(epoch)
@@ -118,7 +120,7 @@ class EpochBatches(Generic[T]):
                 return
             asked_s = self._clock()
             batch = next(batches, None)
-            if batch is None and not last:
+            if batch is None and len(execution) > 1 and taken <= steps:
                 raise RuntimeError(
                     f"expected {steps} batches of epoch {epoch}, since epochs {execution.start} to {execution[-1]} are "
                     f"read on end, found {taken - 1}: Ray shares blocks out otherwise than 2.60 does; install the Ray "
@@ -149,7 +151,7 @@ class EpochBatches(Generic[T]):
         if mine is None or mine.first_epoch != epoch:
             raise ValueError(
                 f"expected epochs one after the other, found {epoch} asked for where {self.begun} is begun, of "
-                f"{self._executions}; ask for that one first"
+                f"{len(self._number)}; ask for that one first"
             )
         self._begun = None
         return mine.batches()

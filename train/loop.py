@@ -290,7 +290,7 @@ class RankLoop:
         return goes_on
 
     def batches(self, shard: DataIterator) -> Iterator[Batch]:
-        """This rank's batches of one epoch, a step's each, on its device."""
+        """This rank's batches of one execution, a step's each, on its device."""
         iterable = shard.iter_torch_batches(
             batch_size=self.recipe.trainer.step_batch,
             prefetch_batches=self.recipe.trainer.prefetch_batches,
@@ -326,12 +326,11 @@ class RankLoop:
 
 
 def check_epoch(batch: Batch, epoch: int) -> None:
-    """Hold Ray Data's count of executions, which is private, to ours."""
-    found = int(batch["epoch"][0])
-    if found != epoch:
+    """Hold Ray Data's count of executions, which is private, and how it deals out blocks to the plan."""
+    if (batch["epoch"] != epoch).any():
         raise RuntimeError(
-            f"expected samples of epoch {epoch}, found some of epoch {found}: Ray counts executions of a data set "
-            "otherwise than 2.60 does; install the Ray of constraints.txt"
+            f"expected samples of epoch {epoch}, found some of {sorted(set(batch['epoch'].tolist()))}: Ray counts "
+            "executions of a data set, or deals out blocks, otherwise than 2.60 does; take the Ray of constraints.txt"
         )
 
 

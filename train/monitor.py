@@ -113,6 +113,9 @@ class RunMonitor:
         self._keep_steps()
         self._start = start
         self._pulses, self._unexplained = {}, {}
+        # What the start before has read beyond this epoch is read anew.
+        self._work = {of: work for of, work in self._work.items() if of <= epoch}
+        self._retries = {of: counts for of, counts in self._retries.items() if of <= epoch}
         self._gauges.count("voxflux_starts", 1)
         at = f"{ranks} ranks begin epoch {epoch + 1} at step {step}"
         self.event("start", f"{at}, from {checkpoint}" if checkpoint else at)

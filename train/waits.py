@@ -14,7 +14,7 @@ from typing import Any
 
 CAUSES = {
     "listing": "listing and pairing the data set, once, before the first epoch",
-    "starting": "planning an epoch and starting its first read task",
+    "starting": "planning an execution and starting its first read task",
     "fetching": "data workers waiting for objects",
     "transforming": "data workers decoding, cropping and augmenting",
     "transfer": "moving blocks between nodes and batches to the device",

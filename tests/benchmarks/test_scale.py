@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,8 @@ def cost(cases: int, cpu_us: float, **more: float) -> dict[str, float]:
         "cpu_us_per_sample": cpu_us,
         "shard_cases": ShardConfig().shard_cases,
         "ranks": 2,
+        "epochs": 4,
+        "alone": False,
         "first_batch_s": 2.0,
         "next_first_batch_s": 0.5,
         **more,
@@ -80,9 +83,10 @@ def cost(cases: int, cpu_us: float, **more: float) -> dict[str, float]:
 )
 def test_flat_is_what_no_number_of_cases_departs_from(costs: tuple[float, ...], words: str, held: str) -> None:
     rows = [cost(cases, us) for cases, us in zip((1000, 10_000, 100_000), costs, strict=True)]
-    flat, first_batch = verdicts([], rows)
+    flat, by_themselves, first_batch = verdicts([], [*rows, cost(1000, 850) | {"alone": True, "epochs": 1}])
     assert words in flat
-    assert flat.endswith(held)
+    assert f"10%: {held} (in executions of 4, 4, 4 epochs" in flat
+    assert by_themselves.endswith("850 us of 1,000 cases")
     assert first_batch.endswith("yes")
 
 
@@ -98,6 +102,34 @@ def test_the_tree_meter_counts_a_child_that_works() -> None:
         subprocess.run([sys.executable, "-c", "sum(range(30_000_000)); import time; time.sleep(0.6)"], check=True)
         assert meter.cpu_s() - before_s > 0.1
         assert meter.peak_rss_bytes() > 20e6
+
+
+@pytest.mark.parametrize(
+    ("title", "role"),
+    [
+        ("ray::IDLE", "readers"),
+        ("ray::ReadPairedVolume->MapBatches(sample_patches)", "readers"),
+        ("ray::SplitCoordinator.get", "coordinator"),
+        ("ray::_StatsActor", "coordinator"),
+        ("ray::DashboardAgent", "services"),
+        ("/anywhere/raylet/raylet", "raylet"),
+        ("/anywhere/gcs/gcs_server", "services"),
+    ],
+)
+def test_cpu_time_is_told_by_what_a_process_of_ray_is_for(title: str, role: str) -> None:
+    work = "sum(range(10_000_000)); import time; time.sleep(30)"
+    with TreeMeter() as meter:
+        before_s = meter.cpu_s_by_role()[role]
+        child = subprocess.Popen([title, "-c", work], executable=sys.executable)
+        try:
+            deadline = time.monotonic() + 20
+            while meter.cpu_s_by_role()[role] - before_s < 0.1:
+                assert time.monotonic() < deadline, meter.cpu_s_by_role()
+                time.sleep(0.05)
+            assert sum(meter.cpu_s_by_role().values()) == pytest.approx(meter.cpu_s(), abs=0.1)
+        finally:
+            child.kill()
+            child.wait()
 
 
 def test_impossible_settings_are_refused() -> None:

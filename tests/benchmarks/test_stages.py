@@ -16,17 +16,20 @@ from ingest.testing import make_cases
 
 PIECES = {"fetch": [0.5], "read": [0.6], "decode": [0.1], "crop": [0.1], "sample": [0.3], "tensors": [0.05]}
 WHOLE = {"cpu_ms": [1.9, 2.0, 2.5], "samples_per_s": [900.0, 1000.0, 1100.0]}
+BY_ROLE = {"own": [0.2], "readers": [1.5], "coordinator": [0.1], "raylet": [0.1], "services": [0.1]}
 
 
 def test_stages_and_the_whole_have_a_row_each_and_add_up() -> None:
-    rows = rows_of("direct", PIECES, WHOLE)
+    rows = rows_of("direct", PIECES, WHOLE | BY_ROLE)
     spent = {row["stage"]: row["cpu_ms_per_sample"] for row in rows}
-    assert tuple(spent) == (*STAGES, "whole")
+    roles = {f"by process: {role}": value for role, (value,) in BY_ROLE.items()}
+    assert tuple(spent) == (*STAGES, *roles, "whole")
+    assert roles.items() <= spent.items()
     assert spent["columns"] == pytest.approx(0.1)
     assert spent["augment"] == pytest.approx(0.2)
     assert spent["ray"] == pytest.approx(2.0 - 0.5 - 0.1 - 0.1 - 0.1 - 0.2 - 0.05)
     assert sum(spent[stage] for stage in STAGES) == pytest.approx(spent["whole"])
-    assert sum(row["share"] for row in rows) == pytest.approx(2.0)
+    assert sum(row["share"] for row in rows) == pytest.approx(3.0)  # by stages, by processes, and the whole
     draw(Figure().add_subplot(), rows)
 
 

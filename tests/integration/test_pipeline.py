@@ -163,12 +163,11 @@ def test_a_block_is_whole_batches_and_ranks_get_the_steps_of_the_order_in_turn(p
     assert len(first) == len(second) == steps * batch
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_epochs_read_on_end_give_each_rank_the_batches_of_epochs_by_themselves(places, ranks):
+def test_epochs_read_on_end_give_each_rank_the_batches_of_epochs_by_themselves(places):
     config = configure(places.gs, shard_cases=20)
-    together = batches_of_ranks(config, [range(1, 4), range(4, 5)], ranks)
-    assert together == batches_of_ranks(config, [range(epoch, epoch + 1) for epoch in range(1, 5)], ranks)
-    steps = 65 // (4 * ranks)
+    together = batches_of_ranks(config, [range(1, 4), range(4, 5)], ranks=2)
+    assert together == batches_of_ranks(config, [range(epoch, epoch + 1) for epoch in range(1, 5)], ranks=2)
+    steps = 65 // (4 * 2)
     for rank in together:
         assert [epoch for epoch, _, _ in rank] == [epoch for epoch in range(1, 5) for _ in range(steps)]
         assert {len(indices) for _, indices, _ in rank} == {4}
@@ -196,6 +195,14 @@ def test_with_a_quarantine_epochs_are_not_read_on_end(places, tmp_path):
     quarantine = start_quarantine(str(tmp_path), config.bad, 65)
     with pytest.raises(ConfigError, match=r"expected each epoch by itself.* executions of 3 epochs"):
         dataset(config, executions=[range(3)], multiple=4, batch=4, quarantine=quarantine)
+
+
+@pytest.mark.parametrize(
+    "options", [{"executions": []}, {"executions": [range(0)]}, {"executions": [range(2)], "first_epoch": 3}]
+)
+def test_executions_of_nothing_are_refused(places, options):
+    with pytest.raises(ConfigError, match="expected executions of one epoch or more each"):
+        dataset(configure(places.local), **options)
 
 
 def test_an_error_of_ours_comes_out_of_ray_as_it_was_raised(places, tmp_path):

@@ -13,16 +13,19 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from ingest.errors import ConfigError
+from ingest.index import index_cases
 from tests.integration.test_train import quiet, tiny
 from train.__main__ import main
 from train.audit import audit
 from train.checkpoint import load_state, read_position
 from train.config import Recipe
 from train.launch import Outcome, run
+from train.planned import most_together
 from train.records import read_events
 
 pytestmark = [pytest.mark.crash, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(400)]
@@ -96,10 +99,27 @@ def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(pla
 def test_epochs_by_themselves_train_as_epochs_read_on_end(places, calm, tmp_path):
     recipe = tiny(places.local, tmp_path / "run", **DETERMINISTIC)
     shards = dataclasses.replace(recipe.data.shards, execution_cases=1)
-    alone = run(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=shards)), "tiny", quiet())
+    by_themselves = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=shards))
+    manifest = index_cases(recipe.data.images, recipe.data.labels).manifest
+    assert [most_together(each, manifest, np.arange(55)) >= 4 for each in (by_themselves, recipe)] == [False, True]
+    alone = run(by_themselves, "tiny", quiet())
     weights = weights_of(alone.run_dir)
     assert all(torch.equal(weights[name], calm.weights[name]) for name in calm.weights)
     assert [row["samples"] for row in alone.rows] == [row["samples"] for row in calm.outcome.rows]
+
+
+def test_epochs_on_end_between_scorings_train_every_case_once_and_a_finished_run_has_nothing_left(places, tmp_path):
+    ledger = str(tmp_path / "ledger")
+    recipe = tiny(places.gs, tmp_path / "run", epochs=6, evaluate_from=1, evaluate_every=2, ledger=ledger)
+    outcome = run(recipe, "tiny", quiet())
+    assert [row["epoch"] for row in outcome.rows] == list(range(6))
+    assert [row["mean_dice"] is not None for row in outcome.rows] == [False, True] * 3
+    assert {(row["samples"], row["trained"], row["tail"]) for row in outcome.rows} == {(48, 48, 7)}
+    found = audit(outcome.run_dir)
+    assert found.passed, found
+    assert [(e.once, e.tail, e.finished) for e in found.epochs] == [(48, 7, True)] * 6
+    again = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, resume=outcome.run_dir))
+    assert run(dataclasses.replace(again, run_dir=None), "tiny", quiet()).rows == outcome.rows
 
 
 def test_on_two_ranks_a_kill_leaves_the_loss_curve_as_it_would_have_been(places, tmp_path):

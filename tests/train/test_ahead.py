@@ -197,9 +197,10 @@ def test_epochs_out_of_turn_are_refused():
     ("epochs", "most", "scored", "expected"),
     [
         (range(5), 1, (), [(0,), (1,), (2,), (3,), (4,)]),
-        (range(5), 2, (), [(0, 1), (2, 3), (4,)]),
+        (range(5), 2, (), [(0,), (1, 2), (3, 4)]),
+        (range(10), 9, (), [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]),
         (range(3, 9), 100, (), [(3, 4, 5, 6, 7, 8)]),
-        (range(7), 3, (1, 6), [(0, 1), (2, 3, 4), (5, 6)]),
+        (range(7), 3, (1, 6), [(0, 1), (2, 3), (4, 5, 6)]),
         (range(4), 9, range(4), [(0,), (1,), (2,), (3,)]),
         (range(4, 4), 9, (), []),
     ],
@@ -211,16 +212,13 @@ def test_epochs_are_read_on_end_up_to_the_next_scoring_and_no_more_than_so_many(
 def test_epochs_of_one_execution_are_read_on_end_and_the_next_execution_from_the_other_data_set():
     data = Data(batches=9)
     epochs = epochs_of(data, first_epoch=2, epochs=7, together=3)
-    taken = [list(epochs.of(epoch, 3 if epoch < 5 else 4)) for epoch in range(2, 7)]
+    taken = [list(epochs.of(epoch, 4 if epoch < 4 else 3)) for epoch in range(2, 7)]
     even, odd = TURNS
-    assert taken[:3] == [[f"{even} 0.{batch}" for batch in range(first, first + 3)] for first in (0, 3, 6)]
     # Of the last epoch of an execution all is taken that there is.
-    assert taken[3:] == [
-        [f"{odd} 1.{batch}" for batch in range(4)],
-        [f"{odd} 1.{batch}" for batch in range(4, 9)],
-    ]
+    assert taken[:2] == [[f"{even} 0.{batch}" for batch in range(4)], [f"{even} 0.{batch}" for batch in range(4, 9)]]
+    assert taken[2:] == [[f"{odd} 1.{batch}" for batch in range(first, first + 3)] for first in (0, 3, 6)]
     assert data.begun == [even, odd]
-    assert [epochs.shard(epoch) for epoch in range(2, 8)] == [even, even, even, odd, odd, None]
+    assert [epochs.shard(epoch) for epoch in range(2, 8)] == [even, even, odd, odd, odd, None]
 
 
 def test_the_next_execution_is_begun_in_the_last_epoch_of_one_only():
@@ -241,7 +239,8 @@ def test_an_epoch_that_is_too_short_for_its_execution_is_an_error_and_no_epoch_o
     data = Data(batches=5)
     epochs = epochs_of(data, epochs=2, together=2)
     assert len(list(epochs.of(0, 3))) == 3
-    assert len(list(epochs.of(1, 3))) == 2  # as Ray's equal split may leave out
+    with pytest.raises(RuntimeError, match=r"expected 3 batches of epoch 1, since epochs 0 to 1 .* found 2"):
+        list(epochs.of(1, 3))
     epochs = epochs_of(Data(batches=5), epochs=2, together=2)
     with pytest.raises(RuntimeError, match=r"expected 6 batches of epoch 0, since epochs 0 to 1 .* found 5"):
         list(epochs.of(0, 6))

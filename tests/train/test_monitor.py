@@ -103,6 +103,15 @@ def test_work_is_counted_with_its_retries_by_status(tmp_path) -> None:
     assert [event.kind for event in monitor._events] == ["retry"]  # one event for what came together
 
 
+def test_what_was_read_beyond_the_epoch_that_a_new_start_begins_with_is_forgotten(tmp_path) -> None:
+    monitor = RunMonitor(str(tmp_path), gauges=Board())
+    for epoch in range(4):
+        monitor.work(work(epoch, retries={"reset": 1}))
+    monitor.begin("b", 2, 1, 10, "checkpoint")
+    assert [monitor.work_of(epoch).fetch_s for epoch in range(4)] == [3.0, 3.0, 0.0, 0.0]
+    assert [monitor.retries_of(epoch) for epoch in range(4)] == [{"reset": 1}, {"reset": 1}, {}, {}]
+
+
 def test_steps_and_events_are_kept_by_start_and_go_on_in_another_process(tmp_path) -> None:
     first = RunMonitor(str(tmp_path), gauges=Board())
     first.begin("00001-a", 2, 0, 0, None)

@@ -49,8 +49,8 @@ def job_of(recipe: Recipe, manifest: Manifest, run_dir) -> LoopJob:
 
 def test_a_run_reads_small_epochs_on_end_up_to_its_scorings(manifest, tmp_path):
     job = job_of(recipe_of(), manifest, tmp_path)
-    assert job.executions(0) == [range(3), range(3, 6), range(6, 7)]
-    assert job.executions(2) == [range(2, 5), range(5, 7)]
+    assert job.executions(0) == [range(2), range(2, 4), range(4, 7)]
+    assert job.executions(2) == [range(2, 4), range(4, 7)]
     scored = job_of(recipe_of(evaluate_every=2), manifest, tmp_path)
     assert scored.executions(0) == [range(1), range(1, 3), range(3, 5), range(5, 7)]
 
