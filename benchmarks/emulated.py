@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,6 +31,7 @@ class EmulatedJob:
         steps_per_epoch: of each rank.
         batch: samples a step.
         prefetch_batches: as `train.config` has it.
+        in_memory: whether every step takes the same batch out of memory, and nothing is read.
     """
 
     step_s: float
@@ -38,6 +40,7 @@ class EmulatedJob:
     steps_per_epoch: int
     batch: int
     prefetch_batches: int
+    in_memory: bool = False
 
     def executions(self) -> list[range]:
         """The epochs of each; nothing is scored between them."""
@@ -88,7 +91,9 @@ class EmulatedRank:
         return RankReport(whole=self.whole.result(samples=samples), by_epoch=self.by_epoch)
 
     def _steps(self) -> Iterator[Batch]:
-        epochs = EpochBatches(ray.train.get_dataset_shard, self._batches, executions=self.job.executions())
+        epochs: EpochBatches[Batch] | _InMemory = _InMemory(self.job.batch)
+        if not self.job.in_memory:
+            epochs = EpochBatches(ray.train.get_dataset_shard, self._batches, executions=self.job.executions())
         for number in range(self.job.epochs):
             samples = 0
             self.epoch = StallMeter()
@@ -106,3 +111,16 @@ class EmulatedRank:
             collate_fn=ToTensors(),
         )
         yield from batches
+
+
+@dataclasses.dataclass(frozen=True)
+class _InMemory:
+    """Epochs whose batches hold nothing but the numbers that the loop looks at."""
+
+    batch: int
+
+    def of(self, epoch: int, steps: int) -> Iterator[Batch]:
+        """So many batches of an epoch."""
+        yield from itertools.repeat(
+            {"index": torch.arange(self.batch), "epoch": torch.full((self.batch,), epoch)}, times=steps
+        )

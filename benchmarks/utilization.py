@@ -96,6 +96,9 @@ class UtilizationConfig:
     shares: tuple[float, ...] = (0.5, 0.75, 0.9, 1.0, 1.25)
     """Demanded samples/s of the sweep, as shares of the measured ingest rate."""
 
+    control: bool = False
+    """Measure each share of the sweep also with batches out of memory: what the emulation itself takes of AU."""
+
     ranks: int = 2
     """Training processes."""
 
@@ -183,6 +186,10 @@ def sweep(config: UtilizationConfig, place: Place, folder: str, console: Console
         found = measure(config, manifest, data, batch=config.batch, step_s=step_s, folder=folder)
         console.print(f"{share:.2f} of it demanded, steps of {step_s:.4f} s: AU {found['au']:.1%}", style="dim")
         rows.append(base | found | {"share_of_rate": share})
+        if config.control:
+            found = measure(config, manifest, data, batch=config.batch, step_s=step_s, folder=folder, in_memory=True)
+            console.print(f"the same with batches out of memory: AU {found['au']:.1%}", style="dim")
+            rows.append(base | found | {"profile": "control", "share_of_rate": share})
     return rows
 
 
@@ -208,7 +215,14 @@ def _indexed(config: UtilizationConfig, place: Place, patch: Shape) -> tuple[Man
 
 
 def measure(
-    config: UtilizationConfig, manifest: Manifest, data: DataConfig, *, batch: int, step_s: float, folder: str
+    config: UtilizationConfig,
+    manifest: Manifest,
+    data: DataConfig,
+    *,
+    batch: int,
+    step_s: float,
+    folder: str,
+    in_memory: bool = False,
 ) -> dict[str, Any]:
     """Run the trainer once; Ray must be up."""
     steps_per_epoch = len(manifest) // (config.ranks * batch)
@@ -225,6 +239,7 @@ def measure(
         steps_per_epoch=steps_per_epoch,
         batch=batch,
         prefetch_batches=config.prefetch_batches,
+        in_memory=in_memory,
     )
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # as train.launch has it
     trainer = ray.train.torch.TorchTrainer(
@@ -233,6 +248,7 @@ def measure(
         datasets={
             name: functools.partial(_dataset, manifest, data, job, config.ranks, turn)
             for turn, name in enumerate(TURNS[: len(job.executions())])
+            if not in_memory
         },
         dataset_config=ray.train.DataConfig(execution_options=execution_options()),
         scaling_config=ray.train.ScalingConfig(

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks.utilization import PROFILES, RankReport, UtilizationConfig, draw, row_of
+from benchmarks.emulated import EmulatedJob, EmulatedRank, RankReport
+from benchmarks.utilization import PROFILES, UtilizationConfig, draw, row_of
 from ingest.errors import ConfigError
 from ingest.stall import StallMeter, StallReport
 
@@ -45,6 +46,21 @@ def timed(waits: list[float], compute_s: float, sync_s: float = 0.0) -> StallRep
 def rank(epochs: list[list[float]], compute_s: float, sync_s: float = 0.0) -> RankReport:
     whole = timed([wait_s for waits in epochs for wait_s in waits], compute_s, sync_s)
     return RankReport(whole=whole, by_epoch=[timed(waits, compute_s, sync_s) for waits in epochs])
+
+
+def test_a_rank_of_the_control_sleeps_through_every_step_and_waits_for_nothing() -> None:
+    class Alone:
+        def wait(self) -> None:
+            pass
+
+    job = EmulatedJob(
+        step_s=0.01, epochs=3, together=2, steps_per_epoch=5, batch=BATCH, prefetch_batches=1, in_memory=True
+    )
+    report = EmulatedRank(job, Alone()).run()
+    assert (report.whole.steps, report.whole.samples) == (15, 15 * BATCH)
+    assert [epoch.steps for epoch in report.by_epoch] == [5, 5, 5]
+    assert report.whole.compute_s >= 14 * 0.01
+    assert report.whole.wait_s < 0.05
 
 
 def test_au_is_the_formula_over_all_epochs_on_end() -> None:
