@@ -30,6 +30,7 @@ from ingest.errors import ConfigError
 from ingest.index import index_cases
 from ingest.manifest import Manifest, cases_of
 from ingest.pipeline import DataConfig
+from ingest.plan import epochs_together
 from ingest.stores import open_store
 from ingest.stores.base import StoreConfig, Transport
 from ingest.transport import choose_transport
@@ -157,14 +158,21 @@ def measure_pieces(
     """
     manifest, data = settled(manifest_uri, transport, patch, seed)
     planner = planner_of(manifest, data, np.arange(len(manifest)), ranks=RANKS)
+    epochs = range(epochs_together(manifest.case_bytes(), data.shards))  # the shards of the whole run
     source = PairedVolumeDatasource(
-        manifest, planner, block=BATCH * planner.batches, store=data.store, fetch=data.fetch, bad=data.bad
+        manifest,
+        planner,
+        executions=[epochs],
+        block=BATCH * planner.batches,
+        store=data.store,
+        fetch=data.fetch,
+        bad=data.bad,
     )
     tasks = source.get_read_tasks(1, data_context=DataContext.get_current())
     counts = np.cumsum([task.metadata.num_rows for task in tasks])
     tasks = tasks[: int(np.searchsorted(counts, samples)) + 1]
     samples = int(counts[len(tasks) - 1])
-    cases = cases_of(manifest.take(planner((0,), np.zeros(0, dtype=np.int64)).order[:samples]))
+    cases = cases_of(manifest.take(planner(epochs, np.zeros(0, dtype=np.int64)).order[:samples]))
     images, labels = open_store(manifest.images_uri, data.store), open_store(manifest.labels_uri, data.store)
     chunk = data.fetch.chunk_cases
 

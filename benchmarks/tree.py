@@ -104,9 +104,8 @@ class TreeMeter:
                 continue
             _, key, used_s, own, shared = found[pid]
             self._used_s[key] = used_s
-            # A worker is idle before it is told what it is for.
-            if self._roles.get(key, "readers") == "readers":
-                self._roles[key] = "own" if pid == self._root else _role_of(pid)
+            # At every look: a worker begins as any Python process does, and is told later what it is for.
+            self._roles[key] = "own" if pid == self._root else _role_of(pid) or self._roles.get(key, "services")
             own_bytes += own
             shared_bytes = max(shared_bytes, shared)
             pending += children.get(pid, [])
@@ -123,13 +122,17 @@ def _stat_of(pid: int) -> tuple[int, ProcessKey, float, int, int]:
     return int(fields[1]), (pid, int(fields[19])), used_s, resident - shared, shared
 
 
-def _role_of(pid: int) -> str:
-    title = ""
-    with contextlib.suppress(OSError):  # it has ended since
+def _role_of(pid: int) -> str | None:
+    """One of `ROLES` by the name that Ray gives a process; None of one that has ended."""
+    try:
         title = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode("utf-8", "replace")
-    if not title.startswith("ray::") or title.endswith("Agent"):
-        return "raylet" if title.endswith("/raylet") else "services"
-    return "readers" if title == "ray::IDLE" or "Read" in title else "coordinator"
+    except OSError:
+        return None
+    if not title:
+        return None  # it has ended, and waits to be reaped
+    if title.startswith("ray::") and not title.endswith("Agent"):
+        return "coordinator" if "Coordinator" in title or "Actor" in title else "readers"
+    return "raylet" if title.endswith("/raylet") else "services"
 
 
 def rss_bytes() -> int:

@@ -80,8 +80,8 @@ class PairedVolumeDatasource(ray.data.Datasource):
         self._counted: ReadPlan | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What it was made of; a plan is made anew wherever it is needed."""
-        return vars(self) | {"_planned": None, "_counted": None}
+        """All but the plan that only counts, which is made again where it is asked for."""
+        return vars(self) | {"_counted": None}
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all objects of the first execution."""

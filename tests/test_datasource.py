@@ -87,3 +87,44 @@ def test_each_execution_reads_the_epochs_that_it_is_for_and_there_is_none_after_
     context._execution_idx = 2
     with pytest.raises(RuntimeError, match="expected 2 executions of this data set, found it asked for one more"):
         source.get_read_tasks(1, data_context=context)
+
+
+def test_read_tasks_at_once_are_bounded_by_the_largest_execution_and_not_by_a_short_first_one():
+    manifest = manifest_of(100)
+    plan = TrainingPlan(
+        case_bytes=manifest.case_bytes(), seed=3, shards=ShardConfig(shard_cases=10), resumed_epoch=4,
+        consumed=np.arange(95),
+    )  # fmt: skip
+    mixed = PairedVolumeDatasource(manifest, plan, executions=[range(4, 5), range(5, 7), range(7, 8)])
+    assert (mixed.first_shards(), mixed.most_shards()) == (5, 20)
+    resumed = PairedVolumeDatasource(manifest, plan, first_epoch=4)
+    assert (resumed.first_shards(), resumed.most_shards()) == (5, 10)
+
+
+class Found:
+    """Cases that are found bad one after the other."""
+
+    def __init__(self) -> None:
+        self.bad: list[int] = []
+
+    def indices(self) -> np.ndarray:
+        return np.array(self.bad, dtype=np.int64)
+
+
+def test_a_case_found_bad_is_left_out_from_the_next_execution_on_and_shifts_none_that_is_under_way():
+    manifest, found = manifest_of(100), Found()
+    plan = TrainingPlan(case_bytes=manifest.case_bytes(), seed=3, shards=ShardConfig(shard_cases=10))
+    source = PairedVolumeDatasource(manifest, plan, quarantine=found)
+    context = DataContext.get_current().copy()
+
+    def order_of(source):
+        tasks = source.get_read_tasks(1, data_context=context)
+        return [index for task in tasks for index in task.read_fn.args[0].indices.tolist()]
+
+    first = order_of(source)
+    found.bad.append(first[0])
+    assert order_of(source) == first
+    assert order_of(pickle.loads(pickle.dumps(source))) == first  # noqa: S301  it is ours
+    context._execution_idx += 1
+    assert set(order_of(source)) == set(first[1:])
+    assert len(source.get_read_tasks(1)) == 10  # what Ray counts by stays what it was

@@ -136,25 +136,27 @@ class EpochBatches(Generic[T]):
             if taken == half and epoch == execution.start and execution.stop in self._number:
                 # Its first use starts a process, which takes longer than an execution's start.
                 threading.Thread(target=self._open, args=(execution.stop,), name="open", daemon=True).start()
-            if ahead and last and self._is_time(steps - taken + 1, quarter, taken - half, now_s - since_s, waited_s):
+            if ahead and self._is_time(steps - taken + 1, quarter, taken - half, now_s - since_s, waited_s):
                 self.begin(epoch + 1)
             yield batch
         if ahead:
             self.begin(epoch + 1)
 
     def _batches_from(self, epoch: int) -> Iterator[T]:
-        if self._reading is not None and self._reading[0] == epoch:
+        if self._reading is None:
+            self.begin(epoch)
+        due = self.begun if self._reading is None else self._reading[0]
+        if due != epoch:
+            wanted = "the first of an execution" if due is None else due
+            raise ValueError(
+                f"expected epochs one after the other, found {epoch} asked for where {wanted} is due; ask for it first"
+            )
+        if self._reading is not None:
             batches, self._reading = self._reading[1], None
             return batches
-        self.begin(epoch)
-        mine = self._begun
-        if mine is None or mine.first_epoch != epoch:
-            raise ValueError(
-                f"expected epochs one after the other, found {epoch} asked for where {self.begun} is begun, of "
-                f"{len(self._number)}; ask for that one first"
-            )
-        self._begun = None
-        return mine.batches()
+        assert self._begun is not None
+        batches, self._begun = self._begun.batches(), None
+        return batches
 
     def _is_time(self, left: int, quarter: float, timed: int, spent_s: float, waited_s: float) -> bool:
         """Whether a batch is the last, or of the last quarter, with less than the lead to go and few waits of late.

@@ -88,6 +88,14 @@ class LoopJob:
         trainer = self.recipe.trainer
         return executions_of(range(first_epoch, trainer.epochs), self.together, trainer.evaluates)
 
+    def steps_left(self, trained: int, step_cases: int) -> int:
+        """Steps of an epoch of which so many cases are trained on, over ranks that take `step_cases` together in one.
+
+        What the plan of the epoch has: cases that an earlier number of ranks trained on need not be whole steps of this
+        one, so that it is not all steps without those that are done.
+        """
+        return (self.train_cases - trained) // step_cases
+
     def position(self) -> checkpoint.Position:
         """Where the run stands: in an epoch of which at least a step is left, or at the start of one."""
         found = checkpoint.read_position(self.run_dir)
@@ -204,13 +212,13 @@ class RankLoop:
         recorder = EpochRecorder(epoch, self.job.total_cases, before, keeps_before=self.rank == 0)
         done = len(before.indices) // self.step_cases if before is not None else 0
         steps_per_epoch = max(1, self.job.train_cases // self.step_cases)
-        left = self.job.train_cases - (len(before.indices) if before is not None else 0)
+        left = self.job.steps_left(len(before.indices) if before is not None else 0, self.step_cases)
         self.network.train()
         samples = rate = 0.0
         meter = StallMeter(time.perf_counter)
         self.pulses.begin(epoch, meter, steps_per_epoch, functools.partial(self.epochs.shard, epoch))
         evaluates = trainer.evaluates(epoch)
-        for batch in meter.steps(self.epochs.of(epoch, left // self.step_cases, ahead=not evaluates)):
+        for batch in meter.steps(self.epochs.of(epoch, left, ahead=not evaluates)):
             check_epoch(batch, epoch)
             rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
             result = self.take_step(batch["image"], batch["label"], rate)

@@ -108,6 +108,7 @@ def test_the_tree_meter_counts_a_child_that_works() -> None:
     ("title", "role"),
     [
         ("ray::IDLE", "readers"),
+        ("ray::_loaded", "readers"),
         ("ray::ReadPairedVolume->MapBatches(sample_patches)", "readers"),
         ("ray::SplitCoordinator.get", "coordinator"),
         ("ray::_StatsActor", "coordinator"),
@@ -127,6 +128,21 @@ def test_cpu_time_is_told_by_what_a_process_of_ray_is_for(title: str, role: str)
                 assert time.monotonic() < deadline, meter.cpu_s_by_role()
                 time.sleep(0.05)
             assert sum(meter.cpu_s_by_role().values()) == pytest.approx(meter.cpu_s(), abs=0.1)
+        finally:
+            child.kill()
+            child.wait()
+
+
+def test_a_process_is_counted_by_the_name_that_it_takes_later() -> None:
+    work = "import time; sum(range(30_000_000)); time.sleep(30)"
+    rename = f"sleep 0.8; exec -a ray::IDLE '{sys.executable}' -c '{work}'"  # longer than from one look to the next
+    with TreeMeter() as meter:
+        child = subprocess.Popen(["bash", "-c", rename])
+        try:
+            deadline = time.monotonic() + 20
+            while meter.cpu_s_by_role()["readers"] < 0.1:
+                assert time.monotonic() < deadline, meter.cpu_s_by_role()
+                time.sleep(0.05)
         finally:
             child.kill()
             child.wait()

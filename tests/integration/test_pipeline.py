@@ -190,6 +190,14 @@ def batches_of_ranks(config: DataConfig, executions: list[range], ranks: int) ->
         return list(pool.map(read, splits))
 
 
+def test_epochs_read_on_end_come_in_blocks_as_large_as_those_of_one_large_epoch(places):
+    config = configure(places.local, shard_cases=65)
+    for executions, block in ([range(1)], 8), ([range(3)], 24), ([range(1), range(3)], 8):
+        samples = dataset(config, executions=executions, multiple=2, batch=2)
+        sizes = [len(batch["index"]) for batch in samples.iter_batches(batch_size=None, batch_format="numpy")]
+        assert max(sizes) == block
+
+
 def test_with_a_quarantine_epochs_are_not_read_on_end(places, tmp_path):
     config = dataclasses.replace(configure(places.local), bad=BadCaseConfig(on_bad="quarantine"))
     quarantine = start_quarantine(str(tmp_path), config.bad, 65)

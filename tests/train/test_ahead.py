@@ -249,5 +249,14 @@ def test_an_epoch_that_is_too_short_for_its_execution_is_an_error_and_no_epoch_o
 def test_an_epoch_within_an_execution_is_not_skipped():
     epochs = epochs_of(Data(batches=9), epochs=3, together=3)
     list(epochs.of(0, 3))
-    with pytest.raises(ValueError, match="one after the other, found 2"):
+    with pytest.raises(ValueError, match="one after the other, found 2 asked for where 1 is due"):
         next(epochs.of(2, 3))
+
+
+def test_what_is_left_of_an_execution_is_not_skipped_for_the_next():
+    data = Data(batches=9)
+    epochs = epochs_of(data, epochs=4, together=2)
+    list(epochs.of(0, 3))
+    with pytest.raises(ValueError, match="found 2 asked for where 1 is due"):
+        next(epochs.of(2, 3))
+    assert data.begun == [TURNS[0]]

@@ -4,14 +4,17 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from benchmarks.synthetic import synthetic_manifest
 from ingest.manifest import Manifest
-from ingest.pairing import Case
+from ingest.plan import ShardConfig, plan_epochs
 from ingest.quarantine import BadCaseConfig
-from ingest.stores.base import ObjectMeta
 from train.config import Recipe, TrainerConfig
 from train.holdout import Holdout
-from train.loop import LoopJob
+from train.loop import LoopJob, check_epoch
 from train.planned import datasets_of, most_together
 from train.recipes import KITS19_SMALL
 
@@ -20,11 +23,7 @@ CASES = 12_000
 
 @pytest.fixture(scope="module")
 def manifest():
-    def meta(name):
-        return ObjectMeta(name, 1000, 1, 7)
-
-    cases = [Case(f"case_{i:05d}", meta(f"case_{i:05d}_x.npy"), meta(f"case_{i:05d}_y.npy")) for i in range(CASES)]
-    return Manifest.from_cases(cases, images_uri="file:///images", labels_uri="file:///labels")
+    return synthetic_manifest(CASES)
 
 
 def recipe_of(bad: BadCaseConfig | None = None, **trainer) -> Recipe:
@@ -68,3 +67,24 @@ def test_a_run_whose_ranks_or_cases_may_change_reads_each_epoch_by_itself(manife
 def test_a_second_data_set_is_made_where_there_is_a_second_execution(manifest, tmp_path, epochs, names):
     job = job_of(recipe_of(epochs=epochs), manifest, tmp_path)
     assert list(datasets_of(job, manifest, np.arange(CASES))) == names
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(1, 40))
+def test_an_epochs_steps_are_those_of_its_plan_also_where_other_ranks_began_it(
+    manifest, tmp_path, cases, trained, step
+):
+    trained = min(trained, cases)
+    job = dataclasses.replace(job_of(recipe_of(), manifest, tmp_path), train_cases=cases)
+    plan = plan_epochs(
+        case_bytes=np.ones(cases, np.int64), seed=1, epochs=(0,), shards=ShardConfig(), consumed=np.arange(trained),
+        multiple=step,
+    )  # fmt: skip
+    assert job.steps_left(trained, step) == len(plan.order) // step
+
+
+@pytest.mark.parametrize("epochs", [[3, 3, 3], [2, 2, 3]])
+def test_a_batch_that_is_not_of_the_epoch_alone_ends_the_run_and_names_what_it_holds(epochs):
+    check_epoch({"epoch": torch.tensor([2, 2, 2])}, 2)
+    with pytest.raises(RuntimeError, match=r"expected samples of epoch 2, found some of \[(2, )?3\]"):
+        check_epoch({"epoch": torch.tensor(epochs)}, 2)
