@@ -14,7 +14,7 @@ import torch
 
 from ingest.stall import StallMeter, StallReport
 from train.ahead import EpochBatches, executions_of
-from train.loop import Batch, ToTensors, check_epoch
+from train.loop import Batch, ToTensors, check_epoch, epochs_of
 from train.validate import gather
 
 from .meeting import Meeting
@@ -91,26 +91,32 @@ class EmulatedRank:
         return RankReport(whole=self.whole.result(samples=samples), by_epoch=self.by_epoch)
 
     def _steps(self) -> Iterator[Batch]:
-        epochs: EpochBatches[Batch] | _InMemory = _InMemory(self.job.batch)
+        epochs: EpochBatches[tuple[Batch, list[int]]] | _InMemory = _InMemory(self.job.batch)
         if not self.job.in_memory:
-            epochs = EpochBatches(ray.train.get_dataset_shard, self._batches, executions=self.job.executions())
+            epochs = EpochBatches(
+                ray.train.get_dataset_shard,
+                self._batches,
+                executions=self.job.executions(),
+                ahead=self.job.prefetch_batches,
+            )
         for number in range(self.job.epochs):
             samples = 0
             self.epoch = StallMeter()
-            for batch in self.epoch.steps(epochs.of(number, self.job.steps_per_epoch)):
-                check_epoch(batch, number)
+            for batch, found in self.epoch.steps(epochs.of(number, self.job.steps_per_epoch)):
+                check_epoch(found, number)
                 samples += len(batch["index"])
                 yield batch
             self.by_epoch.append(self.epoch.result(samples=samples))
 
-    def _batches(self, shard: ray.data.DataIterator) -> Iterator[Batch]:
+    def _batches(self, shard: ray.data.DataIterator) -> Iterator[tuple[Batch, list[int]]]:
         batches: Any = shard.iter_torch_batches(
             batch_size=self.job.batch,
-            prefetch_batches=self.job.prefetch_batches,
+            prefetch_batches=0,
             drop_last=True,
             collate_fn=ToTensors(),
         )
-        yield from batches
+        for batch in batches:
+            yield batch, epochs_of(batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +125,6 @@ class _InMemory:
 
     batch: int
 
-    def of(self, epoch: int, steps: int) -> Iterator[Batch]:
+    def of(self, epoch: int, steps: int) -> Iterator[tuple[Batch, list[int]]]:
         """So many batches of an epoch."""
-        yield from itertools.repeat(
-            {"index": torch.arange(self.batch), "epoch": torch.full((self.batch,), epoch)}, times=steps
-        )
+        yield from itertools.repeat(({"index": torch.arange(self.batch)}, [epoch]), times=steps)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import ray.data
@@ -13,7 +15,8 @@ import torch
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, training_dataset, warm_reader
 from ingest.plan import epochs_together
-from train.loop import ToTensors
+from train.ahead import ReadAhead
+from train.loop import Batch, ToTensors
 
 from .tree import TreeMeter
 
@@ -46,7 +49,7 @@ def run_executions(
     ranks: int,
     batch: int,
     executions: int,
-    prefetch_batches: int = 1,
+    prefetch_batches: int = 3,
     meter: TreeMeter,
 ) -> list[Timing]:
     """Train nothing on so many executions, with the ranks as threads of this process; Ray must be up.
@@ -105,14 +108,14 @@ class _Consumer:
 
     def __call__(self, iterator: ray.data.DataIterator) -> None:
         count, first_s = 0, 0.0
-        batches: Any = iterator.iter_torch_batches(
-            batch_size=self.batch,
-            prefetch_batches=self.prefetch_batches,
-            drop_last=True,
-            collate_fn=ToTensors(),
-        )
-        for tensors in batches:
+        for tensors in ReadAhead(functools.partial(self._batches, iterator), self.prefetch_batches):
             if count == 0:
                 first_s = time.perf_counter() - self.started
             count += len(tensors["index"])
         self.found.append((count, first_s))
+
+    def _batches(self, iterator: ray.data.DataIterator) -> Iterable[Batch]:
+        batches: Any = iterator.iter_torch_batches(
+            batch_size=self.batch, prefetch_batches=0, drop_last=True, collate_fn=ToTensors()
+        )
+        yield from batches

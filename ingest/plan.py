@@ -70,12 +70,12 @@ LEAST_BLOCKS = 8
 class ShardConfig:
     """How large one read task is, and what it hands on at a time."""
 
-    shard_cases: int = 384
+    shard_cases: int = 768
     """Cases in one shard at the most; an eighth of a smaller epoch, so that several workers have something to do. A
     task costs Ray about as much CPU as 40 cases of 160 KB; where many CPUs transform few cases at length, take fewer
     cases."""
 
-    shard_bytes: int = 64 * 2**20
+    shard_bytes: int = 128 * 2**20
     """Bytes of one shard's objects at the most; a case larger than that is a shard of its own."""
 
     block_bytes: int = 32 * 2**20
@@ -167,8 +167,8 @@ def in_blocks(order: Indices, batch: int, ranks: int, batches: int) -> tuple[Ind
 
     Step s is order[s * ranks * batch : (s + 1) * ranks * batch], a batch for each rank. A rank's block holds its
     batches of some steps on end; so at each step all that was trained on is a prefix of `order`, whatever the blocks.
-    The first blocks of an execution are small, and each is twice the one before: the first step need not wait for a
-    whole block, and while the ranks train on one, the next is read.
+    Each rank's first block of an execution is half as large, so that the first step comes soon, and still lasts while
+    the next are read: smaller ones are tasks that take longer to start than the steps that they are for.
 
     Args:
         order: (n,) int64, by steps; n is a multiple of batch times ranks, unless `ranks` is 1.
@@ -177,18 +177,19 @@ def in_blocks(order: Indices, batch: int, ranks: int, batches: int) -> tuple[Ind
         batches: of a block.
 
     Returns:
-        (n,) int64, `order` by blocks; where each of the small blocks at its beginning ends; and where the blocks of
+        (n,) int64, `order` by blocks; where each of the smaller blocks at its beginning ends; and where the blocks of
         full size end. What comes after that is one smaller block a rank.
     """
     step = batch * ranks
     steps = len(order) // step
     parts: list[Indices] = []
     ends: list[int] = []
-    at, size = 0, 1
-    while size < batches and steps >= LEAST_BLOCKS * batches:
-        parts.append(_dealt(order[at : at + size * step], batch, ranks, size))
-        ends += [at + (rank + 1) * size * batch for rank in range(ranks)]
-        at, size = at + size * step, 2 * size
+    at = 0
+    if batches > 1 and steps >= LEAST_BLOCKS * batches:
+        half = batches // 2
+        parts.append(_dealt(order[: half * step], batch, ranks, half))
+        ends = [(rank + 1) * half * batch for rank in range(ranks)]
+        at = half * step
     full = at + (len(order) - at) // (step * batches) * (step * batches)
     parts.append(_dealt(order[at:full], batch, ranks, batches))
     rest = order[full:]

@@ -152,8 +152,20 @@ def test_small_epochs_on_end_are_cut_into_shards_as_one_large_epoch_is():
     plan = TrainingPlan(case_bytes=np.full(960, 160_000), seed=1, shards=ShardConfig(), multiple=64, batch=32, ranks=2)
     nobody = np.zeros(0, dtype=np.int64)
     assert plan((0,), nobody).num_shards == 8
-    assert plan(range(32), nobody).num_shards == 32 * 960 // 384
+    assert plan(range(32), nobody).num_shards == 32 * 960 // 768
     assert plan(range(32), nobody).epochs.tolist() == np.repeat(np.arange(32), 960).tolist()
+
+
+@pytest.mark.parametrize(("batches", "first"), [(1, 1), (2, 1), (5, 2), (6, 3)])
+def test_each_ranks_first_block_is_half_as_large_so_that_the_first_step_comes_soon(batches, first):
+    batch, ranks = 4, 3
+    plan = plan_epochs(
+        case_bytes=np.ones(80 * batches * batch * ranks, np.int64), seed=1, epochs=(0,),
+        shards=ShardConfig(shard_cases=1), multiple=batch * ranks, batch=batch, ranks=ranks, batches=batches,
+    )  # fmt: skip
+    blocks = (np.diff(plan.bounds) // batch).tolist()
+    assert blocks[: ranks + 1] == [first] * ranks + [batches]
+    assert set(blocks[ranks:-ranks]) == {batches}
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 20, 40])

@@ -5,13 +5,17 @@ starts read tasks and waits for their first blocks, about half a second in which
 are read several in one execution, as long as nothing is scored between them; and two data sets take turns, each for
 every second execution, so that what Ray does at the start of one is done while there is still enough to train on. What
 is read is the same; so is its order.
+
+What a rank takes was made ready by a thread (`ReadAhead`) and not by Ray's own prefetching, which hands a block on only
+when the one after it has come: at an execution's start, when blocks come slowly, ranks then waited for one that they
+did not need yet. The trainer's thread, which is what a GPU waits for, does none of the work.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +24,7 @@ from typing import Generic, TypeVar
 from ray.data import DataIterator
 
 T = TypeVar("T")
+_Ready = tuple[T] | BaseException | None
 
 TURNS = ("train", "train_next")
 """The names of the two data sets among those of a trainer; the first one has the first execution."""
@@ -65,6 +70,7 @@ class EpochBatches(Generic[T]):
         batches: Callable[[DataIterator], Iterable[T]],
         *,
         executions: Sequence[range],
+        ahead: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Hold what reading needs.
@@ -73,14 +79,15 @@ class EpochBatches(Generic[T]):
             shard_of: `ray.train.get_dataset_shard`, which waits for the other ranks. Called from threads.
             batches: of one execution of a shard.
             executions: the epochs of each, from this start to the run's end.
+            ahead: batches that are made ready before they are asked for.
             clock: seconds; handed in for tests.
         """
         self._shard_of, self._batches, self._clock = shard_of, batches, clock
-        self._executions = executions
+        self._executions, self._ahead = executions, ahead
         self._number = {epoch: number for number, epochs in enumerate(executions) for epoch in epochs}
         self._shards: dict[str, DataIterator] = {}
         self._opening = threading.Lock()
-        self._begun: _Execution[T] | None = None
+        self._begun: tuple[int, ReadAhead[T]] | None = None
         self._reading: tuple[int, Iterator[T]] | None = None
 
     def shard(self, epoch: int) -> DataIterator | None:
@@ -90,12 +97,12 @@ class EpochBatches(Generic[T]):
     @property
     def begun(self) -> int | None:
         """The epoch whose execution is begun, where none of it is asked for yet."""
-        return None if self._begun is None else self._begun.first_epoch
+        return None if self._begun is None else self._begun[0]
 
     def begin(self, epoch: int) -> None:
         """Begin the execution that starts with an epoch, if one does and none is begun."""
         if self._begun is None and epoch in self._number and self._execution(epoch).start == epoch:
-            self._begun = _Execution(epoch, functools.partial(self._read, epoch))
+            self._begun = epoch, ReadAhead(functools.partial(self._read, epoch), self._ahead)
 
     def of(self, epoch: int, steps: int, *, ahead: bool = True) -> Iterator[T]:
         """An epoch's batches; where it is the last of its execution, the next one is begun on the way.
@@ -155,7 +162,7 @@ class EpochBatches(Generic[T]):
             batches, self._reading = self._reading[1], None
             return batches
         assert self._begun is not None
-        batches, self._begun = self._begun.batches(), None
+        batches, self._begun = iter(self._begun[1]), None
         return batches
 
     def _is_time(self, left: int, quarter: float, timed: int, spent_s: float, waited_s: float) -> bool:
@@ -172,8 +179,8 @@ class EpochBatches(Generic[T]):
             return left <= 1
         return left <= quarter and left * spent_s / timed <= LEAD_S and waited_s <= MOST_WAITED * spent_s
 
-    def _read(self, epoch: int) -> Iterator[T]:
-        return iter(self._batches(self._open(epoch)))
+    def _read(self, epoch: int) -> Iterable[T]:
+        return self._batches(self._open(epoch))
 
     def _open(self, epoch: int) -> DataIterator:
         name = self._turn(epoch)
@@ -189,25 +196,47 @@ class EpochBatches(Generic[T]):
         return self._executions[self._number[epoch]]
 
 
-class _Execution(Generic[T]):
-    """An execution whose first batch is on its way, in a thread that ends with it or with the process."""
+class ReadAhead(Generic[T]):
+    """Iterates in a thread of its own, from when it is made, a few items ahead of who takes them, once."""
 
-    def __init__(self, first_epoch: int, read: Callable[[], Iterator[T]]) -> None:
-        self.first_epoch = first_epoch
+    def __init__(self, read: Callable[[], Iterable[T]], ahead: int) -> None:
+        """Start the thread. It ends when all is read, when the taking ends, or with the process.
+
+        Args:
+            read: what to iterate over; called in the thread.
+            ahead: items that are ready before they are asked for, 1 or more.
+        """
         self._read = read
-        self._begun: concurrent.futures.Future[tuple[list[T], Iterator[T]]] = concurrent.futures.Future()
-        threading.Thread(target=self._run, name=f"epoch-{first_epoch}", daemon=True).start()
+        self._ready: queue.SimpleQueue[_Ready[T]] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._ended = False
+        for _ in range(ahead - 1):
+            self._room.put(None)
+        threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
 
-    def batches(self) -> Iterator[T]:
-        """All of them."""
-        first, others = self._begun.result()
-        while first:
-            yield first.pop()
-        yield from others
+    def __iter__(self) -> Iterator[T]:
+        """All items.
+
+        Raises:
+            Exception: whatever made reading fail, once what was read before it is taken.
+        """
+        try:
+            while (ready := self._ready.get()) is not None:
+                if isinstance(ready, BaseException):
+                    raise ready
+                self._room.put(None)
+                yield ready[0]
+        finally:
+            self._ended = True
+            self._room.put(None)
 
     def _run(self) -> None:
         try:
-            batches = self._read()
-            self._begun.set_result((list(itertools.islice(batches, 1)), batches))
-        except BaseException as error:  # noqa: BLE001  it is raised where the batches are taken
-            self._begun.set_exception(error)
+            for item in self._read():
+                self._ready.put((item,))
+                self._room.get()
+                if self._ended:
+                    return
+            self._ready.put(None)
+        except BaseException as error:  # noqa: BLE001  it is raised where the items are taken
+            self._ready.put(error)

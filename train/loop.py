@@ -177,6 +177,7 @@ class RankLoop:
             ray.train.get_dataset_shard,
             self.batches,
             executions=job.executions(self.position.epoch),
+            ahead=trainer.prefetch_batches,
         )
         start = gather(attempt_name())[0]
         self.ledger = Ledger(
@@ -218,8 +219,8 @@ class RankLoop:
         meter = StallMeter(time.perf_counter)
         self.pulses.begin(epoch, meter, steps_per_epoch, functools.partial(self.epochs.shard, epoch))
         evaluates = trainer.evaluates(epoch)
-        for batch in meter.steps(self.epochs.of(epoch, left, ahead=not evaluates)):
-            check_epoch(batch, epoch)
+        for batch, found in meter.steps(self.epochs.of(epoch, left, ahead=not evaluates)):
+            check_epoch(found, epoch)
             rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
             result = self.take_step(batch["image"], batch["label"], rate)
             indices = batch["index"].cpu().numpy()
@@ -297,17 +298,18 @@ class RankLoop:
         self.save_and_report(EpochPart(epoch + 1, np.zeros(0, dtype=np.int64)), row)
         return goes_on
 
-    def batches(self, shard: DataIterator) -> Iterator[Batch]:
-        """This rank's batches of one execution, a step's each, on its device."""
+    def batches(self, shard: DataIterator) -> Iterator[tuple[Batch, list[int]]]:
+        """This rank's batches of one execution, a step's each, on its device, and the epochs of each."""
         iterable = shard.iter_torch_batches(
             batch_size=self.recipe.trainer.step_batch,
-            prefetch_batches=self.recipe.trainer.prefetch_batches,
+            prefetch_batches=0,  # of Ray; `ReadAhead` does it
             drop_last=True,
             collate_fn=ToTensors(),
             device=self.device,
             pin_memory=self.device.type == "cuda",
         )
-        yield from iterable
+        for batch in iterable:
+            yield batch, epochs_of(batch)
 
     def save_and_report(self, part: EpochPart, row: dict[str, Any] | None) -> None:
         """Write a checkpoint and report it, with the epoch's row where it is done; every rank waits for the others."""
@@ -333,12 +335,17 @@ class RankLoop:
         self.ledger.__exit__(None, None, None)
 
 
-def check_epoch(batch: Batch, epoch: int) -> None:
+def epochs_of(batch: Batch) -> list[int]:
+    """The epochs of a batch's samples, ascending: one, unless Ray does not do as it should."""
+    return sorted(set(batch["epoch"].tolist()))
+
+
+def check_epoch(found: Sequence[int], epoch: int) -> None:
     """Hold Ray Data's count of executions, which is private, and how it deals out blocks to the plan."""
-    if (batch["epoch"] != epoch).any():
+    if list(found) != [epoch]:
         raise RuntimeError(
-            f"expected samples of epoch {epoch}, found some of {sorted(set(batch['epoch'].tolist()))}: Ray counts "
-            "executions of a data set, or deals out blocks, otherwise than 2.60 does; take the Ray of constraints.txt"
+            f"expected samples of epoch {epoch}, found some of {list(found)}: Ray counts executions of a data set, or "
+            "deals out blocks, otherwise than 2.60 does; take the Ray of constraints.txt"
         )
 
 

@@ -1,9 +1,10 @@
-"""voxflux, as its users have it: index, choose the transport, `training_dataset`, `iter_torch_batches`."""
+"""voxflux, as a run has it: index, choose the transport, `training_dataset`, `iter_torch_batches`, `ReadAhead`."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -16,9 +17,12 @@ from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, training_dataset
 from ingest.stores.base import StoreConfig, Transport
 from ingest.transport import choose_transport
-from train.loop import ToTensors
+from train.ahead import ReadAhead
+from train.loop import Batch, ToTensors
 
 from .work import Epoch, Tensors, Work
+
+AHEAD = 2  # batches, as the torch peers have them ready for each of their workers
 
 
 @contextlib.contextmanager
@@ -48,9 +52,14 @@ def opened(
             if limit is not None:
                 few = Manifest(manifest.take(np.arange(limit)), manifest.images_uri, manifest.labels_uri)
                 dataset = training_dataset(few, data, batch=work.batch)
-            batches = dataset.iter_torch_batches(
-                batch_size=work.batch, prefetch_batches=2, collate_fn=ToTensors(), drop_last=False
+            read = functools.partial(
+                dataset.iter_torch_batches,
+                batch_size=work.batch,
+                prefetch_batches=0,
+                collate_fn=ToTensors(),
+                drop_last=False,
             )
+            batches: ReadAhead[Batch] = ReadAhead(read, AHEAD)
             for batch in batches:
                 yield batch["image"], batch["label"]
 

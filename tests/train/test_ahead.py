@@ -1,11 +1,13 @@
 """The next epoch is begun while the last steps of one are trained: when, from what, and what becomes of errors."""
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 
 import pytest
 
-from train.ahead import LEAD_S, TURNS, EpochBatches, executions_of
+from train.ahead import LEAD_S, TURNS, EpochBatches, ReadAhead, executions_of
 
 WAIT_S = 10.0
 
@@ -13,8 +15,8 @@ WAIT_S = 10.0
 class Data:
     """Stands for a trainer's data sets: each epoch that is read from one is noted, and its batches counted out."""
 
-    def __init__(self, batches: int, fails_at: int | None = None, wait: Callable[[], None] = lambda: None) -> None:
-        self.batches, self.fails_at, self.wait = batches, fails_at, wait
+    def __init__(self, batches: int, fails_at: int | None = None) -> None:
+        self.batches, self.fails_at = batches, fails_at
         self.asked: list[str] = []
         self.begun: list[str] = []
         self.changed = threading.Condition()
@@ -33,8 +35,6 @@ class Data:
         if number == self.fails_at:
             raise OSError(f"epoch {number} cannot be read")
         for batch in range(self.batches):
-            if number == 0:
-                self.wait()
             yield f"{name} {number}.{batch}"
 
     def wait_for(self, epochs: int) -> None:
@@ -43,12 +43,14 @@ class Data:
 
 
 class Clock:
-    """Goes on by as much as a step takes."""
+    """Goes on by as much as a step takes, and between two readings, before and after a batch, by what it waits for."""
 
-    def __init__(self) -> None:
+    def __init__(self, waits: Iterable[float] = itertools.repeat(0.0)) -> None:
         self.now_s = 0.0
+        self.waits = itertools.chain.from_iterable((0.0, wait_s) for wait_s in waits)
 
     def __call__(self) -> float:
+        self.now_s += next(self.waits)
         return self.now_s
 
     def go_on(self, seconds: float) -> None:
@@ -56,10 +58,16 @@ class Clock:
 
 
 def epochs_of(
-    data: Data, clock: Clock | None = None, *, first_epoch: int = 0, epochs: int = 2, together: int = 1
+    data: Data,
+    clock: Clock | None = None,
+    *,
+    first_epoch: int = 0,
+    epochs: int = 2,
+    together: int = 1,
+    ahead: int = 2,
 ) -> EpochBatches[str]:
     executions = executions_of(range(first_epoch, epochs), together, lambda _: False)
-    return EpochBatches(data.shard_of, data.read, executions=executions, clock=clock or Clock())
+    return EpochBatches(data.shard_of, data.read, executions=executions, ahead=ahead, clock=clock or Clock())
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -110,9 +118,8 @@ def test_the_next_epoch_is_begun_when_its_lead_is_left_and_not_before(steps, ste
 
 @pytest.mark.parametrize(("wait_s", "begun"), [(0.001, 76), (0.01, 100)])
 def test_where_ranks_wait_for_batches_the_next_epoch_is_begun_with_the_last_one_only(wait_s, begun):
-    clock = Clock()
-    data = Data(batches=100, wait=lambda: clock.go_on(wait_s))
-    epochs = epochs_of(data, clock)
+    clock = Clock(itertools.repeat(wait_s))
+    epochs = epochs_of(Data(batches=100), clock)
     taken = []
     for step, _ in enumerate(epochs.of(0, 100), start=1):
         clock.go_on(0.1)
@@ -121,9 +128,8 @@ def test_where_ranks_wait_for_batches_the_next_epoch_is_begun_with_the_last_one_
 
 
 def test_what_ranks_waited_at_an_epochs_start_does_not_count():
-    clock = Clock()
-    waits = iter([5.0, 2.0] + [0.0] * 98)
-    epochs = epochs_of(Data(batches=100, wait=lambda: clock.go_on(next(waits))), clock)
+    clock = Clock(itertools.chain([5.0, 2.0], itertools.repeat(0.0)))
+    epochs = epochs_of(Data(batches=100), clock)
     for step, _ in enumerate(epochs.of(0, 100), start=1):
         clock.go_on(0.1)
         assert (epochs.begun == 1) == (step >= 76)
@@ -260,3 +266,58 @@ def test_what_is_left_of_an_execution_is_not_skipped_for_the_next():
     with pytest.raises(ValueError, match="found 2 asked for where 1 is due"):
         next(epochs.of(2, 3))
     assert data.begun == [TURNS[0]]
+
+
+class Items:
+    """Hands out numbers and notes how many; it can fail, and tells when it is let go."""
+
+    def __init__(self, count: int, fails: bool = False) -> None:
+        self.count, self.fails = count, fails
+        self.made = 0
+        self.changed = threading.Condition()
+        self.ended = threading.Event()
+
+    def __call__(self) -> Iterator[int]:
+        try:
+            for number in range(self.count):
+                with self.changed:
+                    self.made += 1
+                    self.changed.notify_all()
+                yield number
+            if self.fails:
+                raise OSError("the last one cannot be read")
+        finally:
+            self.ended.set()
+
+    def wait_for(self, made: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.made >= made, WAIT_S)
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_so_many_items_are_made_ready_before_they_are_asked_for_and_no_more(ahead):
+    items = Items(20)
+    taken = iter(ReadAhead(items, ahead))
+    for number in range(10):
+        items.wait_for(number + ahead)
+        time.sleep(0.005)  # for one that would be too many
+        assert items.made == number + ahead
+        assert next(taken) == number
+    assert list(taken) == list(range(10, 20))
+    assert items.ended.is_set()
+
+
+def test_an_error_comes_out_after_what_was_read_before_it():
+    taken = iter(ReadAhead(Items(2, fails=True), ahead=5))
+    assert [next(taken), next(taken)] == [0, 1]
+    with pytest.raises(OSError, match="the last one cannot be read"):
+        next(taken)
+
+
+def test_what_nobody_takes_any_more_is_let_go_and_not_read_to_its_end():
+    items = Items(1000)
+    for number in ReadAhead(items, ahead=2):
+        if number == 3:
+            break
+    assert items.ended.wait(WAIT_S)
+    assert items.made <= 6

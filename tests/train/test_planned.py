@@ -14,7 +14,7 @@ from ingest.plan import ShardConfig, plan_epochs
 from ingest.quarantine import BadCaseConfig
 from train.config import Recipe, TrainerConfig
 from train.holdout import Holdout
-from train.loop import LoopJob, check_epoch
+from train.loop import LoopJob, check_epoch, epochs_of
 from train.planned import datasets_of, most_together
 from train.recipes import KITS19_SMALL
 
@@ -85,6 +85,6 @@ def test_an_epochs_steps_are_those_of_its_plan_also_where_other_ranks_began_it(
 
 @pytest.mark.parametrize("epochs", [[3, 3, 3], [2, 2, 3]])
 def test_a_batch_that_is_not_of_the_epoch_alone_ends_the_run_and_names_what_it_holds(epochs):
-    check_epoch({"epoch": torch.tensor([2, 2, 2])}, 2)
+    check_epoch(epochs_of({"epoch": torch.tensor([2, 2, 2])}), 2)
     with pytest.raises(RuntimeError, match=r"expected samples of epoch 2, found some of \[(2, )?3\]"):
-        check_epoch({"epoch": torch.tensor(epochs)}, 2)
+        check_epoch(epochs_of({"epoch": torch.tensor(epochs)}), 2)
