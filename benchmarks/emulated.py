@@ -14,7 +14,8 @@ import torch
 
 from ingest.stall import StallMeter, StallReport
 from train.ahead import EpochBatches, executions_of
-from train.loop import Batch, ToTensors, check_epoch, epochs_of
+from train.batches import Batch, epochs_of, tensor_batches
+from train.loop import check_epoch
 from train.validate import gather
 
 from .meeting import Meeting
@@ -109,13 +110,7 @@ class EmulatedRank:
             self.by_epoch.append(self.epoch.result(samples=samples))
 
     def _batches(self, shard: ray.data.DataIterator) -> Iterator[tuple[Batch, list[int]]]:
-        batches: Any = shard.iter_torch_batches(
-            batch_size=self.job.batch,
-            prefetch_batches=0,
-            drop_last=True,
-            collate_fn=ToTensors(),
-        )
-        for batch in batches:
+        for batch in tensor_batches(shard, self.job.batch):
             yield batch, epochs_of(batch)
 
 

@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Iterable
-from typing import Any
 
 import ray.data
 import torch
@@ -16,7 +14,7 @@ from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig, training_dataset, warm_reader
 from ingest.plan import epochs_together
 from train.ahead import ReadAhead
-from train.loop import Batch, ToTensors
+from train.batches import tensor_batches
 
 from .tree import TreeMeter
 
@@ -108,14 +106,8 @@ class _Consumer:
 
     def __call__(self, iterator: ray.data.DataIterator) -> None:
         count, first_s = 0, 0.0
-        for tensors in ReadAhead(functools.partial(self._batches, iterator), self.prefetch_batches):
+        for tensors in ReadAhead(functools.partial(tensor_batches, iterator, self.batch), self.prefetch_batches):
             if count == 0:
                 first_s = time.perf_counter() - self.started
             count += len(tensors["index"])
         self.found.append((count, first_s))
-
-    def _batches(self, iterator: ray.data.DataIterator) -> Iterable[Batch]:
-        batches: Any = iterator.iter_torch_batches(
-            batch_size=self.batch, prefetch_batches=0, drop_last=True, collate_fn=ToTensors()
-        )
-        yield from batches

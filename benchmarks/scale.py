@@ -94,7 +94,7 @@ class ScaleConfig:
     middle_cases: int = 10_000
     """Cases of the data set on which shards and ranks are varied."""
 
-    shard_cases: tuple[int, ...] = (192, 768)
+    shard_cases: tuple[int, ...] = (192, 384)
     """Cases of a shard, beside the default; its limit in bytes grows along."""
 
     ranks: tuple[int, ...] = (1, 4)

@@ -34,7 +34,7 @@ from ingest.plan import epochs_together
 from ingest.stores import open_store
 from ingest.stores.base import StoreConfig, Transport
 from ingest.transport import choose_transport
-from train.loop import ToTensors
+from train.batches import ToTensors
 
 from .child import in_child
 from .epochs import run_executions

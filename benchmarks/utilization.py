@@ -127,8 +127,10 @@ class UtilizationConfig:
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.batch < 1 or self.steps < 2:
-            raise ConfigError(f"expected ranks and batch of 1, steps of 2 or more, found {self}; raise them")
+        if min(self.ranks, self.batch, self.prefetch_batches) < 1 or self.steps < 2:
+            raise ConfigError(
+                f"expected ranks, batch and prefetch_batches of 1, steps of 2 or more, found {self}; raise them"
+            )
         if self.together is not None and self.together < 1:
             raise ConfigError(f"expected together of 1 or more, found {self.together}; leave it out for the most")
         if not self.profile or any(share <= 0 for share in self.shares) or self.scale_down < 1:

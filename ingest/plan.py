@@ -72,8 +72,8 @@ class ShardConfig:
 
     shard_cases: int = 768
     """Cases in one shard at the most; an eighth of a smaller epoch, so that several workers have something to do. A
-    task costs Ray about as much CPU as 40 cases of 160 KB; where many CPUs transform few cases at length, take fewer
-    cases."""
+    task costs Ray about as much CPU as 40 cases of 160 KB; where more than some 30 CPUs read, or few cases are
+    transformed at length, take fewer cases."""
 
     shard_bytes: int = 128 * 2**20
     """Bytes of one shard's objects at the most; a case larger than that is a shard of its own."""

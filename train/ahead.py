@@ -6,9 +6,8 @@ are read several in one execution, as long as nothing is scored between them; an
 every second execution, so that what Ray does at the start of one is done while there is still enough to train on. What
 is read is the same; so is its order.
 
-What a rank takes was made ready by a thread (`ReadAhead`) and not by Ray's own prefetching, which hands a block on only
-when the one after it has come: at an execution's start, when blocks come slowly, ranks then waited for one that they
-did not need yet. The trainer's thread, which is what a GPU waits for, does none of the work.
+What a rank takes was made ready by a thread (`ReadAhead`), so that the trainer's own, which is what a GPU waits for,
+does none of the work. Where blocks come from other nodes, the batches that are ready hide their way as well.
 """
 
 from __future__ import annotations
@@ -149,6 +148,12 @@ class EpochBatches(Generic[T]):
         if ahead:
             self.begin(epoch + 1)
 
+    def close(self) -> None:
+        """Let go of an execution that is begun and of one that is being read."""
+        if self._begun is not None:
+            self._begun[1].close()
+        self._begun = self._reading = None
+
     def _batches_from(self, epoch: int) -> Iterator[T]:
         if self._reading is None:
             self.begin(epoch)
@@ -227,8 +232,13 @@ class ReadAhead(Generic[T]):
                 self._room.put(None)
                 yield ready[0]
         finally:
-            self._ended = True
-            self._room.put(None)
+            self.close()
+
+    def close(self) -> None:
+        """Let the thread end: what it has read is thrown away, and nothing is to be taken any more."""
+        self._ended = True
+        self._room.put(None)
+        self._ready.put(None)  # for who asks all the same
 
     def _run(self) -> None:
         try:

@@ -111,10 +111,10 @@ class TrainerConfig:
             raise ConfigError(
                 f"trainer.max_workers must be at least num_workers, {self.num_workers}; got {self.max_workers}"
             )
-        for field in ("num_workers", "batch_size", "accumulate", "epochs"):
+        for field in ("num_workers", "batch_size", "accumulate", "epochs", "prefetch_batches"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"trainer.{field} must be 1 or more; got {getattr(self, field)}")
-        for field in ("evaluate_from", "evaluate_every", "prefetch_batches"):
+        for field in ("evaluate_from", "evaluate_every"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"trainer.{field} must be 0 or more; got {getattr(self, field)}")
         if self.cpus_per_worker <= 0:

@@ -7,19 +7,16 @@ import functools
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
 from ray.data import DataIterator
-from ray.data.collate_fn import NumpyBatchCollateFn
 
 from ingest.errors import ConfigError
 from ingest.plan import Indices
@@ -29,6 +26,7 @@ from ingest.stall import StallMeter
 
 from . import checkpoint
 from .ahead import EpochBatches, executions_of
+from .batches import Batch, epochs_of, tensor_batches
 from .best import reached
 from .config import Recipe
 from .finite import stop_run
@@ -43,8 +41,6 @@ from .step import TrainStep, memory_format
 from .stop import StopWatch
 from .unet3d import UNet3D
 from .validate import evaluate, gather, save_scores
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,19 +102,6 @@ class LoopJob:
 def bad_on_all(by_rank: Sequence[Indices]) -> int:
     """How many cases of an epoch are bad by what each rank says: one that a rank trained on is not among its own."""
     return len(functools.reduce(np.intersect1d, by_rank))
-
-
-class ToTensors(NumpyBatchCollateFn):
-    """Views a batch's columns as tensors. They lie in the object store and are not to be written to."""
-
-    def __init__(self) -> None:
-        """Silence torch, which warns of memory that may not be written to; nothing of ours writes to a batch."""
-        super().__init__()
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
-    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> Any:
-        """`image` (N, C, D, H, W) float32, `label` (N, 1, D, H, W) uint8, `index` and `epoch` (N,) int64."""
-        return {name: torch.from_numpy(batch[name]) for name in ("image", "label", "index", "epoch")}
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -222,8 +205,9 @@ class RankLoop:
         for batch, found in meter.steps(self.epochs.of(epoch, left, ahead=not evaluates)):
             check_epoch(found, epoch)
             rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
-            result = self.take_step(batch["image"], batch["label"], rate)
-            indices = batch["index"].cpu().numpy()
+            image, label = (batch[name].to(self.device, non_blocking=True) for name in ("image", "label"))
+            result = self.take_step(image, label, rate)
+            indices = batch["index"].numpy()
             stop, finite = self.stop_watch.agreed(finite=result.finite)
             self.step += 1
             if not finite:
@@ -299,16 +283,9 @@ class RankLoop:
         return goes_on
 
     def batches(self, shard: DataIterator) -> Iterator[tuple[Batch, list[int]]]:
-        """This rank's batches of one execution, a step's each, on its device, and the epochs of each."""
-        iterable = shard.iter_torch_batches(
-            batch_size=self.recipe.trainer.step_batch,
-            prefetch_batches=0,  # of Ray; `ReadAhead` does it
-            drop_last=True,
-            collate_fn=ToTensors(),
-            device=self.device,
-            pin_memory=self.device.type == "cuda",
-        )
-        for batch in iterable:
+        """This rank's batches of one execution, a step's each, and the epochs of each."""
+        step_batch, pin = self.recipe.trainer.step_batch, self.device.type == "cuda"
+        for batch in tensor_batches(shard, step_batch, pin_memory=pin):
             yield batch, epochs_of(batch)
 
     def save_and_report(self, part: EpochPart, row: dict[str, Any] | None) -> None:
@@ -330,14 +307,10 @@ class RankLoop:
 
     def close(self) -> None:
         """Tell the last steps, close the ledger and end the asking for the stop flag."""
+        self.epochs.close()
         self.pulses.tell()
         self.stop_watch.close()
         self.ledger.__exit__(None, None, None)
-
-
-def epochs_of(batch: Batch) -> list[int]:
-    """The epochs of a batch's samples, ascending: one, unless Ray does not do as it should."""
-    return sorted(set(batch["epoch"].tolist()))
 
 
 def check_epoch(found: Sequence[int], epoch: int) -> None:

@@ -1,9 +1,10 @@
 """Why training waited for data: Ray's account of a rank's blocked time, joined with what the data workers did.
 
 Ray Data says for how long the training thread was blocked on the production of blocks, on their transfer, on cutting
-batches out of them and on moving those to the device (`DatasetStats.iter_blocked_*`, in 2.60; it is what
-`DataIterator.stats()` prints as "Per-stage training-thread blocked time breakdown"). What production waited for is
-known to the data workers: a read task either waits for objects or transforms.
+batches out of them (`DatasetStats.iter_blocked_*`, in 2.60; it is what `DataIterator.stats()` prints as "Per-stage
+training-thread blocked time breakdown"). That thread is the one that reads ahead of the steps, so that part of it was
+hidden from training: what a rank waited itself, which is measured apart, is divided as these are. What production
+waited for is known to the data workers: a read task either waits for objects or transforms.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ CAUSES = {
     "starting": "planning an execution and starting its first read task",
     "fetching": "data workers waiting for objects",
     "transforming": "data workers decoding, cropping and augmenting",
-    "transfer": "moving blocks between nodes and batches to the device",
+    "transfer": "moving blocks between nodes",
     "batching": "cutting batches out of blocks",
     "other": "what none of these explains, such as the wait for the end of the data",
 }
@@ -26,7 +27,7 @@ CAUSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocked:
-    """Seconds for which a rank's training thread was blocked, by what Ray says it was blocked on.
+    """Seconds for which the thread that reads a rank's batches was blocked, by what Ray says it was blocked on.
 
     Attributes:
         setup_s: of making the iterator, which waits for the process that plans; no part of the others.

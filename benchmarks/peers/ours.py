@@ -1,4 +1,4 @@
-"""voxflux, as a run has it: index, choose the transport, `training_dataset`, `iter_torch_batches`, `ReadAhead`."""
+"""voxflux, as a run has it: index, choose the transport, `training_dataset`, batches read ahead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ingest.pipeline import DataConfig, training_dataset
 from ingest.stores.base import StoreConfig, Transport
 from ingest.transport import choose_transport
 from train.ahead import ReadAhead
-from train.loop import Batch, ToTensors
+from train.batches import tensor_batches
 
 from .work import Epoch, Tensors, Work
 
@@ -52,15 +52,8 @@ def opened(
             if limit is not None:
                 few = Manifest(manifest.take(np.arange(limit)), manifest.images_uri, manifest.labels_uri)
                 dataset = training_dataset(few, data, batch=work.batch)
-            read = functools.partial(
-                dataset.iter_torch_batches,
-                batch_size=work.batch,
-                prefetch_batches=0,
-                collate_fn=ToTensors(),
-                drop_last=False,
-            )
-            batches: ReadAhead[Batch] = ReadAhead(read, AHEAD)
-            for batch in batches:
+            read = functools.partial(tensor_batches, dataset.iterator(), work.batch, drop_last=False)
+            for batch in ReadAhead(read, AHEAD):
                 yield batch["image"], batch["label"]
 
         yield epoch

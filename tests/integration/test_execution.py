@@ -3,8 +3,10 @@
 import contextlib
 import os
 import sys
+import threading
 import time
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -14,7 +16,9 @@ from ray.data.datasource import ReadTask
 
 from ingest.execution import PromptLimits, execution_options, made_with
 from ingest.pipeline import warm_reader
+from train.batches import tensor_batches
 
+WAIT_S = 10.0
 NAP_S = 0.8  # Ray itself would know of its CPUs after a second
 
 
@@ -71,3 +75,21 @@ def test_a_worker_loads_what_reading_needs_and_then_reads(ray_here):
         if warm in found:
             break
     assert found[warm]
+
+
+def test_an_execution_leaves_no_thread_behind_whether_it_is_read_to_its_end_or_not(ray_here):
+    columns = {"image": np.zeros((8, 1, 2, 2, 2), np.float32), "label": np.zeros((8, 1, 2, 2, 2), np.uint8)}
+    numbers = {"index": np.arange(8), "epoch": np.zeros(8, np.int64)}
+    rows = [{name: column[row] for name, column in (columns | numbers).items()} for row in range(8)]
+    (shard,) = ray.data.from_items(rows).streaming_split(1)
+    before = set(threading.enumerate())
+    for _ in range(3):
+        found = list(tensor_batches(shard, 4))
+        assert [batch["index"].tolist() for batch in found] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    batches = tensor_batches(shard, 4)
+    next(batches)
+    batches.close()
+    for thread in set(threading.enumerate()) - before:
+        if thread.name in ("Prefetcher", "iter_threaded"):
+            thread.join(WAIT_S)
+            assert not thread.is_alive()

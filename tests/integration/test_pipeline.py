@@ -64,7 +64,7 @@ def test_a_bucket_gives_the_same_samples_as_local_files(places, expected, transp
 
 @pytest.mark.parametrize(
     ("blocks_in_flight", "shard_cases", "batch", "shards"),
-    [(1, 10, 1, 11), (3, 10, 1, 11), (3, 1, 16, 4), (None, 64, 32, 2)],
+    [(1, 10, 1, 9), (3, 10, 1, 9), (3, 1, 16, 4), (None, 64, 32, 2)],
 )
 def test_the_samples_do_not_depend_on_blocks_in_flight_or_on_shards(
     places, blocks_in_flight, shard_cases, batch, shards

@@ -14,11 +14,11 @@ from ingest.pipeline import training_dataset
 from ingest.stores import open_store
 from tests.integration.test_train import quiet, tiny
 from train.audit import audit
+from train.batches import ToTensors
 from train.checkpoint import load_state, name_latest, read_position
 from train.config import Recipe
 from train.finite import NonFiniteError
 from train.launch import run
-from train.loop import ToTensors
 from train.loss import DiceCELoss
 from train.optimizer import OptimizerConfig
 from train.unet3d import UNet3D

@@ -321,3 +321,24 @@ def test_what_nobody_takes_any_more_is_let_go_and_not_read_to_its_end():
             break
     assert items.ended.wait(WAIT_S)
     assert items.made <= 6
+
+
+def test_who_asks_for_more_after_the_end_gets_nothing_and_does_not_wait():
+    items = ReadAhead(Items(3), ahead=1)
+    assert list(items) == [0, 1, 2]
+    assert list(items) == []
+
+
+def test_an_execution_that_is_begun_and_one_that_is_read_are_let_go():
+    items = Items(1000)
+    epochs = EpochBatches(lambda name: name, lambda _: items(), executions=[range(2), range(2, 3)], ahead=2)
+    epochs.begin(0)
+    items.wait_for(2)
+    epochs.close()
+    assert items.ended.wait(WAIT_S)
+    items = Items(1000)
+    epochs.begin(0)
+    list(epochs.of(0, 3))  # epoch 1 is still to come
+    epochs.close()
+    assert items.ended.wait(WAIT_S)
+    assert items.made <= 6

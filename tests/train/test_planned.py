@@ -12,9 +12,10 @@ from benchmarks.synthetic import synthetic_manifest
 from ingest.manifest import Manifest
 from ingest.plan import ShardConfig, plan_epochs
 from ingest.quarantine import BadCaseConfig
+from train.batches import epochs_of
 from train.config import Recipe, TrainerConfig
 from train.holdout import Holdout
-from train.loop import LoopJob, check_epoch, epochs_of
+from train.loop import LoopJob, check_epoch
 from train.planned import datasets_of, most_together
 from train.recipes import KITS19_SMALL
 
