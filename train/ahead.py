@@ -87,6 +87,7 @@ class EpochBatches(Generic[T]):
         self._shards: dict[str, DataIterator] = {}
         self._opening = threading.Lock()
         self._begun: tuple[int, ReadAhead[T]] | None = None
+        self._read_now: ReadAhead[T] | None = None
         self._reading: tuple[int, Iterator[T]] | None = None
 
     def shard(self, epoch: int) -> DataIterator | None:
@@ -149,10 +150,11 @@ class EpochBatches(Generic[T]):
             self.begin(epoch + 1)
 
     def close(self) -> None:
-        """Let go of an execution that is begun and of one that is being read."""
-        if self._begun is not None:
-            self._begun[1].close()
-        self._begun = self._reading = None
+        """Let go of an execution that is begun and of one that is being read, of which nothing more comes."""
+        for execution in (self._begun and self._begun[1], self._read_now):
+            if execution is not None:
+                execution.close()
+        self._begun = self._reading = self._read_now = None
 
     def _batches_from(self, epoch: int) -> Iterator[T]:
         if self._reading is None:
@@ -167,8 +169,8 @@ class EpochBatches(Generic[T]):
             batches, self._reading = self._reading[1], None
             return batches
         assert self._begun is not None
-        batches, self._begun = iter(self._begun[1]), None
-        return batches
+        (_, self._read_now), self._begun = self._begun, None
+        return iter(self._read_now)
 
     def _is_time(self, left: int, quarter: float, timed: int, spent_s: float, waited_s: float) -> bool:
         """Whether a batch is the last, or of the last quarter, with less than the lead to go and few waits of late.
@@ -226,7 +228,7 @@ class ReadAhead(Generic[T]):
             Exception: whatever made reading fail, once what was read before it is taken.
         """
         try:
-            while (ready := self._ready.get()) is not None:
+            while not self._ended and (ready := self._ready.get()) is not None:
                 if isinstance(ready, BaseException):
                     raise ready
                 self._room.put(None)
@@ -235,14 +237,14 @@ class ReadAhead(Generic[T]):
             self.close()
 
     def close(self) -> None:
-        """Let the thread end: what it has read is thrown away, and nothing is to be taken any more."""
+        """Let the thread end: what it has read is thrown away, and nothing more comes."""
         self._ended = True
         self._room.put(None)
-        self._ready.put(None)  # for who asks all the same
+        self._ready.put(None)  # for who waits meanwhile
 
     def _run(self) -> None:
         try:
-            for item in self._read():
+            for item in () if self._ended else self._read():
                 self._ready.put((item,))
                 self._room.get()
                 if self._ended:

@@ -12,6 +12,7 @@ from ray.data import DataIterator
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 Batch = dict[str, torch.Tensor]
+HOOK = "_create_batch_iterator"
 
 
 class ToTensors(NumpyBatchCollateFn):
@@ -49,10 +50,11 @@ def tensor_batches(
     made: list[Any] = []
 
     def kept(*args: Any, **kwargs: Any) -> Any:
+        vars(shard).pop(HOOK, None)  # for this execution only: it holds on to what the iterator does
         made.append(type(shard)._create_batch_iterator(shard, *args, **kwargs))
         return made[-1]
 
-    vars(shard)["_create_batch_iterator"] = kept
+    vars(shard)[HOOK] = kept
     try:
         yield from shard.iter_torch_batches(
             batch_size=batch_size,
@@ -63,6 +65,7 @@ def tensor_batches(
             pin_memory=pin_memory,
         )
     finally:
+        vars(shard).pop(HOOK, None)
         for iterator in made:
             iterator._prefetcher.stop()
 

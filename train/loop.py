@@ -306,7 +306,7 @@ class RankLoop:
             ray.train.report({"row": row, "step": self.step}, checkpoint=saved)
 
     def close(self) -> None:
-        """Tell the last steps, close the ledger and end the asking for the stop flag."""
+        """Let go of what is read, tell the last steps, close the ledger and end the asking for the stop flag."""
         self.epochs.close()
         self.pulses.tell()
         self.stop_watch.close()

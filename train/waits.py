@@ -1,6 +1,6 @@
 """Why training waited for data: Ray's account of a rank's blocked time, joined with what the data workers did.
 
-Ray Data says for how long the training thread was blocked on the production of blocks, on their transfer, on cutting
+Ray Data says for how long the training thread was blocked on the production of blocks, on their transfer and on cutting
 batches out of them (`DatasetStats.iter_blocked_*`, in 2.60; it is what `DataIterator.stats()` prints as "Per-stage
 training-thread blocked time breakdown"). That thread is the one that reads ahead of the steps, so that part of it was
 hidden from training: what a rank waited itself, which is measured apart, is divided as these are. What production
@@ -89,7 +89,7 @@ def by_cause(wait_s: float, blocked: Blocked, work: EpochWork, starting_s: float
 
     Args:
         wait_s: for which the rank waited in all.
-        blocked: Ray's account of the same time.
+        blocked: Ray's account of the thread that reads ahead, in the same epoch.
         work: of the data workers in the same epoch.
         starting_s: of the wait, until the first read task began.
     """

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import sys
 import threading
 import time
@@ -88,8 +89,11 @@ def test_an_execution_leaves_no_thread_behind_whether_it_is_read_to_its_end_or_n
         assert [batch["index"].tolist() for batch in found] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     batches = tensor_batches(shard, 4)
     next(batches)
+    of_ray = [each for each in set(threading.enumerate()) - before if each.name in ("Prefetcher", "iter_threaded")]
+    assert {each.name for each in of_ray} == {"Prefetcher", "iter_threaded"}
     batches.close()
-    for thread in set(threading.enumerate()) - before:
-        if thread.name in ("Prefetcher", "iter_threaded"):
-            thread.join(WAIT_S)
-            assert not thread.is_alive()
+    for thread in of_ray:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert len([each for each in threading.enumerate() if each.name == "Prefetcher"]) == 0
+    pickle.dumps(shard)

@@ -329,16 +329,26 @@ def test_who_asks_for_more_after_the_end_gets_nothing_and_does_not_wait():
     assert list(items) == []
 
 
-def test_an_execution_that_is_begun_and_one_that_is_read_are_let_go():
+def test_what_is_read_and_not_taken_is_thrown_away():
     items = Items(1000)
-    epochs = EpochBatches(lambda name: name, lambda _: items(), executions=[range(2), range(2, 3)], ahead=2)
+    ahead = ReadAhead(items, ahead=3)
+    items.wait_for(3)
+    ahead.close()
+    assert items.ended.wait(WAIT_S)
+    assert list(ahead) == []
+
+
+@pytest.mark.parametrize("taken", [0, 2, 3])
+def test_an_execution_that_is_begun_or_in_the_midst_of_an_epoch_or_between_two_is_let_go(taken):
+    items = Items(1000)
+    epochs = EpochBatches(lambda name: name, lambda _: items(), executions=[range(2)], ahead=2)
     epochs.begin(0)
     items.wait_for(2)
-    epochs.close()
-    assert items.ended.wait(WAIT_S)
-    items = Items(1000)
-    epochs.begin(0)
-    list(epochs.of(0, 3))  # epoch 1 is still to come
+    batches = epochs.of(0, 3)
+    for number in range(taken):
+        assert next(batches) == number
+    if taken == 3:
+        assert list(batches) == []  # epoch 1 is still to come
     epochs.close()
     assert items.ended.wait(WAIT_S)
     assert items.made <= 6
