@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ import torch
 
 from ingest.stall import StallMeter, StallReport
 from train.ahead import EpochBatches, executions_of
-from train.batches import Batch, epochs_of, tensor_batches
+from train.batches import Batch, step_batches
 from train.loop import check_epoch
 from train.validate import gather
 
@@ -96,7 +97,7 @@ class EmulatedRank:
         if not self.job.in_memory:
             epochs = EpochBatches(
                 ray.train.get_dataset_shard,
-                self._batches,
+                functools.partial(step_batches, batch_size=self.job.batch),
                 executions=self.job.executions(),
                 ahead=self.job.prefetch_batches,
             )
@@ -108,10 +109,6 @@ class EmulatedRank:
                 samples += len(batch["index"])
                 yield batch
             self.by_epoch.append(self.epoch.result(samples=samples))
-
-    def _batches(self, shard: ray.data.DataIterator) -> Iterator[tuple[Batch, list[int]]]:
-        for batch in tensor_batches(shard, self.job.batch):
-            yield batch, epochs_of(batch)
 
 
 @dataclasses.dataclass(frozen=True)

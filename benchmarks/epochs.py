@@ -15,6 +15,7 @@ from ingest.pipeline import DataConfig, training_dataset, warm_reader
 from ingest.plan import epochs_together
 from train.ahead import ReadAhead
 from train.batches import tensor_batches
+from train.config import TrainerConfig
 
 from .tree import TreeMeter
 
@@ -47,7 +48,6 @@ def run_executions(
     ranks: int,
     batch: int,
     executions: int,
-    prefetch_batches: int = 3,
     meter: TreeMeter,
 ) -> list[Timing]:
     """Train nothing on so many executions, with the ranks as threads of this process; Ray must be up.
@@ -58,7 +58,6 @@ def run_executions(
         ranks: consumers that share each epoch equally, as Ray Train splits it.
         batch: samples a step and rank.
         executions: how many.
-        prefetch_batches: as `train.config` has it.
         meter: of this process tree.
     """
     torch.set_num_threads(1)
@@ -72,7 +71,7 @@ def run_executions(
     for execution in range(executions):
         before_s, started = meter.cpu_s_by_role(), time.perf_counter()
         found: list[tuple[int, float]] = []
-        consume = _Consumer(batch, prefetch_batches, started if execution else asked, found)
+        consume = _Consumer(batch, started if execution else asked, found)
         threads = [threading.Thread(target=consume, args=(iterator,)) for iterator in iterators[1:]]
         for thread in threads:
             thread.start()
@@ -100,13 +99,13 @@ class _Consumer:
     """What one rank does in one execution: takes its batches as tensors, and counts."""
 
     batch: int
-    prefetch_batches: int
     started: float
     found: list[tuple[int, float]]
 
     def __call__(self, iterator: ray.data.DataIterator) -> None:
         count, first_s = 0, 0.0
-        for tensors in ReadAhead(functools.partial(tensor_batches, iterator, self.batch), self.prefetch_batches):
+        ahead = TrainerConfig().prefetch_batches
+        for tensors in ReadAhead(functools.partial(tensor_batches, iterator, self.batch), ahead):
             if count == 0:
                 first_s = time.perf_counter() - self.started
             count += len(tensors["index"])

@@ -216,7 +216,7 @@ class ReadAhead(Generic[T]):
         self._read = read
         self._ready: queue.SimpleQueue[_Ready[T]] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._ended = False
+        self._ended = threading.Event()
         for _ in range(ahead - 1):
             self._room.put(None)
         threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
@@ -228,7 +228,7 @@ class ReadAhead(Generic[T]):
             Exception: whatever made reading fail, once what was read before it is taken.
         """
         try:
-            while not self._ended and (ready := self._ready.get()) is not None:
+            while not self._ended.is_set() and (ready := self._ready.get()) is not None:
                 if isinstance(ready, BaseException):
                     raise ready
                 self._room.put(None)
@@ -237,17 +237,16 @@ class ReadAhead(Generic[T]):
             self.close()
 
     def close(self) -> None:
-        """Let the thread end: what it has read is thrown away, and nothing more comes."""
-        self._ended = True
+        """Let the thread end: what it has read is thrown away, and nothing more comes; not while one is waited for."""
+        self._ended.set()
         self._room.put(None)
-        self._ready.put(None)  # for who waits meanwhile
 
     def _run(self) -> None:
         try:
-            for item in () if self._ended else self._read():
+            for item in self._read():
                 self._ready.put((item,))
                 self._room.get()
-                if self._ended:
+                if self._ended.is_set():
                     return
             self._ready.put(None)
         except BaseException as error:  # noqa: BLE001  it is raised where the items are taken

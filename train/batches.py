@@ -12,7 +12,7 @@ from ray.data import DataIterator
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 Batch = dict[str, torch.Tensor]
-HOOK = "_create_batch_iterator"
+_HOOK = "_create_batch_iterator"
 
 
 class ToTensors(NumpyBatchCollateFn):
@@ -50,11 +50,10 @@ def tensor_batches(
     made: list[Any] = []
 
     def kept(*args: Any, **kwargs: Any) -> Any:
-        vars(shard).pop(HOOK, None)  # for this execution only: it holds on to what the iterator does
         made.append(type(shard)._create_batch_iterator(shard, *args, **kwargs))
         return made[-1]
 
-    vars(shard)[HOOK] = kept
+    vars(shard)[_HOOK] = kept
     try:
         yield from shard.iter_torch_batches(
             batch_size=batch_size,
@@ -65,9 +64,17 @@ def tensor_batches(
             pin_memory=pin_memory,
         )
     finally:
-        vars(shard).pop(HOOK, None)
+        vars(shard).pop(_HOOK, None)  # for this execution only: it holds on to what the iterator does
         for iterator in made:
             iterator._prefetcher.stop()
+
+
+def step_batches(
+    shard: DataIterator, batch_size: int, *, pin_memory: bool = False
+) -> Iterator[tuple[Batch, list[int]]]:
+    """As `tensor_batches`, and with each batch its epochs, so that the steps need not look them up."""
+    for batch in tensor_batches(shard, batch_size, pin_memory=pin_memory):
+        yield batch, epochs_of(batch)
 
 
 def epochs_of(batch: Batch) -> list[int]:

@@ -26,7 +26,7 @@ from ingest.stall import StallMeter
 
 from . import checkpoint
 from .ahead import EpochBatches, executions_of
-from .batches import Batch, epochs_of, tensor_batches
+from .batches import Batch, step_batches
 from .best import reached
 from .config import Recipe
 from .finite import stop_run
@@ -284,9 +284,7 @@ class RankLoop:
 
     def batches(self, shard: DataIterator) -> Iterator[tuple[Batch, list[int]]]:
         """This rank's batches of one execution, a step's each, and the epochs of each."""
-        step_batch, pin = self.recipe.trainer.step_batch, self.device.type == "cuda"
-        for batch in tensor_batches(shard, step_batch, pin_memory=pin):
-            yield batch, epochs_of(batch)
+        return step_batches(shard, self.recipe.trainer.step_batch, pin_memory=self.device.type == "cuda")
 
     def save_and_report(self, part: EpochPart, row: dict[str, Any] | None) -> None:
         """Write a checkpoint and report it, with the epoch's row where it is done; every rank waits for the others."""

@@ -1,6 +1,8 @@
 """Which epochs a run reads in one execution of Ray Data."""
 
+import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from ingest.quarantine import BadCaseConfig
 from train.batches import epochs_of
 from train.config import Recipe, TrainerConfig
 from train.holdout import Holdout
-from train.loop import LoopJob, check_epoch
+from train.loop import LoopJob, RankLoop, check_epoch
 from train.planned import datasets_of, most_together
+from train.pulse import Pulses
 from train.recipes import KITS19_SMALL
 
 CASES = 12_000
@@ -89,3 +92,13 @@ def test_a_batch_that_is_not_of_the_epoch_alone_ends_the_run_and_names_what_it_h
     check_epoch(epochs_of({"epoch": torch.tensor([2, 2, 2])}), 2)
     with pytest.raises(RuntimeError, match=r"expected samples of epoch 2, found some of \[(2, )?3\]"):
         check_epoch(epochs_of({"epoch": torch.tensor(epochs)}), 2)
+
+
+def test_a_rank_that_ends_lets_go_of_what_it_reads():
+    closed = []
+    rank = RankLoop.__new__(RankLoop)  # without the process group and the network that it makes
+    rank.epochs = SimpleNamespace(close=lambda: closed.append("epochs"))
+    rank.stop_watch = SimpleNamespace(close=lambda: closed.append("stop watch"))
+    rank.pulses, rank.ledger = Pulses(None, rank=0, ranks=1), contextlib.nullcontext()
+    rank.close()
+    assert sorted(closed) == ["epochs", "stop watch"]

@@ -122,6 +122,7 @@ def test_held_out_cases_are_scored_when_due_and_at_the_end():
     "bad",
     [
         *({"num_workers": 0}, {"batch_size": 0}, {"accumulate": 0}, {"epochs": 0}, {"cpus_per_worker": 0}),
+        *({"prefetch_batches": 0}, {"evaluate_every": -1}),
         *({"precision": "int4"}, {"compile_backend": "gcc"}),
     ],
 )
