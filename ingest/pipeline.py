@@ -176,8 +176,12 @@ def training_dataset(
     longest = 1 if executions is None else max(map(len, executions))
     batches = block_batches(len(candidates) * longest, batch, ranks, batch * sample_bytes(config), config.shards)
     block = batch * batches
+    sampler = PatchSampler(crop=config.crop, augment=config.augment, seed=config.seed)
+    slabs = None
+    if config.fetch.slabs == "auto":
+        slabs = Slabs(sampler=sampler, decode=config.decode, least_bytes=config.fetch.slab_image_bytes)
     plan = TrainingPlan(
-        case_bytes=manifest.case_bytes(),
+        case_bytes=manifest.case_bytes() if slabs is None else slabs.shard_weights(manifest),
         seed=config.seed,
         shards=config.shards,
         candidates=candidates,
@@ -188,8 +192,6 @@ def training_dataset(
         ranks=ranks,
         batches=batches,
     )
-    sampler = PatchSampler(crop=config.crop, augment=config.augment, seed=config.seed)
-    slabs = Slabs(sampler=sampler, decode=config.decode, least_bytes=config.fetch.slab_image_bytes)
     source = PairedVolumeDatasource(
         manifest,
         plan,
@@ -200,7 +202,7 @@ def training_dataset(
         fetch=config.fetch,
         bad=config.bad,
         quarantine=quarantine,
-        slabs=slabs if config.fetch.slabs == "auto" else None,
+        slabs=slabs,
         record=record,
     )
     sample = functools.partial(

@@ -76,7 +76,8 @@ class ShardConfig:
     transformed at length, take fewer cases."""
 
     shard_bytes: int = 128 * 2**20
-    """Bytes of one shard's objects at the most; a case larger than that is a shard of its own."""
+    """Bytes of one shard's objects at the most; a case larger than that is a shard of its own. Of a case that is read
+    in part those of its patch count, or an eighth of what is read where that is more."""
 
     block_bytes: int = 32 * 2**20
     """Bytes of samples that go through Ray's object store together, in whole batches: each such block costs Ray about
@@ -220,7 +221,7 @@ def plan_epochs(
     Blocks and shards may reach from one epoch into the next; a rank's batches do not.
 
     Args:
-        case_bytes: (N,) int64, bytes of each case by index.
+        case_bytes: (N,) int64, bytes of each case by index, as `ShardConfig.shard_bytes` counts them.
         seed: of the order.
         epochs: one or more, from 0, ascending.
         shards: limits of a shard.
@@ -281,7 +282,7 @@ class TrainingPlan:
     """Plans any epochs of a run: a picklable function of the epochs and of the cases to leave out.
 
     Attributes:
-        case_bytes: (N,) int64, bytes of each case by index.
+        case_bytes: (N,) int64, bytes of each case by index, as `ShardConfig.shard_bytes` counts them.
         candidates: indices to train on; None for all.
         resumed_epoch: the epoch that `consumed` speaks of.
         consumed: indices trained on already in that epoch.

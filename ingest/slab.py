@@ -33,10 +33,12 @@ from .crop import Boxes, Shape, foreground_boxes
 from .decode import LABEL_DTYPE, Buffer, DecodeConfig, LabelMap, check_values, decode_case, read_array
 from .errors import DecodeError, ObjectError
 from .layout import Known, Layout, layout_of
+from .manifest import Manifest
 from .pairing import Case
 from .stores.base import ObjectMeta, RangeRequest, Store
 
 HEAD_BYTES = 512  # more than the .npy header of any plain array; one that is longer is read whole
+READ_FOR_ONE = 8  # bytes that a read task may read for each that it hands on, before they count in its size
 CASES_KNOWN = 8192  # of which a process remembers layout and boxes: about 2 KB each
 
 T = TypeVar("T")
@@ -129,13 +131,33 @@ class Slabs:
         Goes by the listing alone, so that a task that is run again cuts the same cases. A generation has to be
         known: it is what keeps the parts of an object together.
         """
-        patch_bytes = 4 * self.decode.channels * math.prod(self.sampler.crop.patch)
         return (
-            case.image.size_bytes >= self.least_bytes
-            and _pays(patch_bytes, case.image.size_bytes)
+            case.image.size_bytes >= self._cut_from_bytes()
             and case.image.generation is not None
             and case.label.generation is not None
         )
+
+    def _cut_from_bytes(self) -> int:
+        """The smallest image whose patch is cut here: where a quarter of it is not in the patch, as `_pays` has it."""
+        patch_bytes = 4 * self.decode.channels * math.prod(self.sampler.crop.patch)
+        return max(self.least_bytes, -(-4 * patch_bytes // 3))
+
+    def shard_weights(self, manifest: Manifest) -> npt.NDArray[np.int64]:
+        """What each case adds to the size of its shard, (N,) int64 bytes: what its read task hands on.
+
+        That is both objects whole, and of a case whose patch is cut here the patch; but an eighth of what cutting it
+        reads where that is more, so that no task reads for minutes. Goes by the listing alone, as `takes` does.
+        """
+        image, label = (manifest.table[f"{role}_bytes"].to_numpy() for role in ("image", "label"))
+        cut = image >= self._cut_from_bytes()
+        for role in ("image", "label"):
+            cut &= manifest.table[f"{role}_generation"].is_valid().to_numpy()
+        depth = self.sampler.crop.patch[0]
+        planes = np.maximum(depth, np.cbrt(label))  # as if volumes were cubes, and one voxel of a label a byte
+        read_bytes = (image * (depth / planes)).astype(np.int64) + label
+        handed_on = np.maximum(sum(map(len, self.blank())), read_bytes // READ_FOR_ONE)
+        weights: npt.NDArray[np.int64] = np.where(cut, handed_on, image + label)
+        return weights
 
     def blank(self) -> Patch:
         """Zeros in the place of a patch, as many bytes as one has."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,18 @@ def test_a_block_is_whole_batches_of_the_plan(places, batch):
     ]
     assert sizes[0] == sizes[1]
     assert all(size % batch == 0 for size in sizes[0])
+
+
+def test_read_tasks_of_slabs_take_more_cases_than_those_of_whole_volumes(places):
+    tasks = {}
+    for slabs in ("auto", "never"):
+        config = dataclasses.replace(
+            configure(places.local, slabs), shards=ShardConfig(shard_bytes=20_000, block_bytes=1)
+        )
+        samples = training_dataset(index_cases(config.images, config.labels).manifest, config, batch=1)
+        assert sum(len(found["index"]) for found in samples.iter_batches(batch_size=None)) == 65
+        tasks[slabs] = int(re.search(r"(\d+) tasks executed", samples.stats())[1])
+    assert 0 < 2 * tasks["auto"] < tasks["never"]
 
 
 def test_bad_cases_are_named_and_left_out_as_when_read_whole(tmp_path):

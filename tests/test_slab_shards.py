@@ -1,0 +1,63 @@
+"""How large a read task is whose volumes are read in part: by what it hands on, within bounds of what it reads."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ingest.augment import AugmentConfig, PatchSampler
+from ingest.crop import CropConfig
+from ingest.decode import DecodeConfig
+from ingest.fetch import FetchConfig
+from ingest.manifest import Manifest, cases_of
+from ingest.pairing import Case
+from ingest.plan import ShardConfig, shard_bounds
+from ingest.slab import READ_FOR_ONE, Slabs
+from ingest.stores.base import ObjectMeta
+
+SHARDS = ShardConfig()
+
+
+def slabs(patch: tuple[int, int, int]) -> Slabs:
+    sampler = PatchSampler(crop=CropConfig(patch=patch), augment=AugmentConfig(), seed=0)
+    return Slabs(sampler=sampler, decode=DecodeConfig(), least_bytes=FetchConfig().slab_image_bytes)
+
+
+def manifest_of(label_bytes: list[int], *, pinned: list[bool] | None = None) -> Manifest:
+    """Images of four bytes a voxel, labels of one; those that are not pinned have no generation."""
+    pinned = pinned or [True] * len(label_bytes)
+    cases = []
+    for number, (size, known) in enumerate(zip(label_bytes, pinned, strict=True)):
+        metas = (
+            ObjectMeta(f"{number}_{role}", size * voxel, 1 if known else None) for role, voxel in (("x", 4), ("y", 1))
+        )
+        cases.append(Case(f"{number:05d}", *metas))
+    return Manifest.from_cases(cases, images_uri="gs://b/images/", labels_uri="gs://b/labels/")
+
+
+@given(
+    sides=st.lists(st.tuples(st.integers(20, 400), st.booleans()), min_size=1, max_size=30),
+    patch=st.sampled_from([(32, 32, 32), (128, 128, 128), (16, 256, 256)]),
+)
+def test_a_case_weighs_both_its_objects_or_where_its_patch_is_cut_no_less_than_the_patch(sides, patch):
+    cutter = slabs(patch)
+    manifest = manifest_of([side**3 for side, _ in sides], pinned=[known for _, known in sides])
+    cut = np.array([cutter.takes(case) for case in cases_of(manifest.table)])
+    weights, whole = cutter.shard_weights(manifest), manifest.case_bytes()
+    assert weights.dtype == np.int64
+    np.testing.assert_array_equal(weights[~cut], whole[~cut])
+    assert np.all(weights[cut] >= sum(map(len, cutter.blank())))
+    assert np.all(weights[cut] < whole[cut])
+
+
+def test_a_shard_of_large_volumes_holds_as_many_patches_as_a_shard_has_bytes():
+    manifest = manifest_of([311**3] * 240)  # 147 MB each
+    by_slabs = shard_bounds(slabs((128, 128, 128)).shard_weights(manifest), SHARDS, unit=2)
+    assert set(np.diff(by_slabs).tolist()) == {12}
+    assert set(np.diff(shard_bounds(manifest.case_bytes(), SHARDS, unit=2)).tolist()) == {2}
+
+
+def test_a_shard_of_small_patches_out_of_large_volumes_reads_no_more_than_a_bound():
+    manifest = manifest_of([311**3] * 6000)
+    bounds = shard_bounds(slabs((32, 32, 32)).shard_weights(manifest), SHARDS)
+    slab_bytes = 5 * 32 * 311**2  # of a shard's patches alone, 768 cases would be allowed: 12 GB
+    assert 10 < np.diff(bounds).max() < READ_FOR_ONE * SHARDS.shard_bytes / slab_bytes
