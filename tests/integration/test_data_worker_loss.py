@@ -15,7 +15,7 @@ import pytest
 from ingest.digest import combine, digest_batches
 from tests.integration.test_pipeline import configure, dataset, fingerprint
 
-pytestmark = [pytest.mark.crash, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(200)]
 
 
 def reading_processes() -> list[int]:
@@ -62,6 +62,7 @@ def test_ten_killed_data_workers_change_no_sample(places):
     assert combine(found) == fingerprint(configure(places.local), epochs=epochs)[0]
 
 
+@pytest.mark.crash
 def test_a_lost_data_node_and_a_new_one_change_no_sample(places):
     expected, count = fingerprint(configure(places.local), epochs=3)
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_RAYLET_PID")}
