@@ -22,7 +22,7 @@ from ingest.datasource import PairedVolumeDatasource
 from ingest.errors import ConfigError
 from ingest.index import index_cases
 from ingest.manifest import Manifest
-from ingest.pipeline import DataConfig, sample_bytes
+from ingest.pipeline import DataConfig, sample_bytes, shard_weights
 from ingest.plan import Indices, ShardConfig, TrainingPlan, block_batches, epochs_together, split_holdout
 from ingest.transport import choose_transport
 
@@ -184,10 +184,9 @@ def measure_plan(*, cases: int, seed: int) -> dict[str, Any]:
 
 def planner_of(manifest: Manifest, data: DataConfig, candidates: Indices, *, ranks: int) -> TrainingPlan:
     """What plans the epochs of such a run, as `training_dataset` has it."""
-    sizes = manifest.case_bytes()
-    cases = len(candidates) * epochs_together(sizes[candidates], data.shards)
+    cases = len(candidates) * epochs_together(manifest.case_bytes()[candidates], data.shards)
     return TrainingPlan(
-        case_bytes=sizes,
+        case_bytes=shard_weights(manifest, data),
         seed=data.seed,
         shards=data.shards,
         candidates=candidates,

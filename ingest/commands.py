@@ -138,7 +138,7 @@ def inspect(config: InspectConfig, console: Console) -> int:
     plan = plan_epochs(case_bytes=sizes_bytes, seed=config.seed, epochs=(0,), shards=config.shards)
     console.print(
         f"an epoch reads {len(manifest):,} cases, {int(sizes_bytes.sum()) / MIB:,.1f} MiB, "
-        f"in up to {plan.num_shards:,} shards"
+        f"in about {plan.num_shards:,} shards where volumes are read whole"
     )
     for role, uri in (("images", images.uri), ("labels", labels.uri)):
         for fact in place_facts(uri, config.store):

@@ -176,12 +176,8 @@ def training_dataset(
     longest = 1 if executions is None else max(map(len, executions))
     batches = block_batches(len(candidates) * longest, batch, ranks, batch * sample_bytes(config), config.shards)
     block = batch * batches
-    sampler = PatchSampler(crop=config.crop, augment=config.augment, seed=config.seed)
-    slabs = None
-    if config.fetch.slabs == "auto":
-        slabs = Slabs(sampler=sampler, decode=config.decode, least_bytes=config.fetch.slab_image_bytes)
     plan = TrainingPlan(
-        case_bytes=manifest.case_bytes() if slabs is None else slabs.shard_weights(manifest),
+        case_bytes=shard_weights(manifest, config),
         seed=config.seed,
         shards=config.shards,
         candidates=candidates,
@@ -202,12 +198,12 @@ def training_dataset(
         fetch=config.fetch,
         bad=config.bad,
         quarantine=quarantine,
-        slabs=slabs,
+        slabs=slabs_of(config),
         record=record,
     )
     sample = functools.partial(
         sample_patches,
-        sampler=sampler,
+        sampler=sampler_of(config),
         decode=config.decode,
         batch=block,
         quarantine=quarantine if config.bad.on_bad == "quarantine" else None,
@@ -235,6 +231,24 @@ def training_dataset(
         concurrency=concurrency,
     )
     return samples
+
+
+def sampler_of(config: DataConfig) -> PatchSampler:
+    """What cuts and augments the patches of such a run."""
+    return PatchSampler(crop=config.crop, augment=config.augment, seed=config.seed)
+
+
+def slabs_of(config: DataConfig) -> Slabs | None:
+    """What cuts patches in the read task already; None where all volumes are read whole."""
+    if config.fetch.slabs == "never":
+        return None
+    return Slabs(sampler=sampler_of(config), decode=config.decode, least_bytes=config.fetch.slab_image_bytes)
+
+
+def shard_weights(manifest: Manifest, config: DataConfig) -> Indices:
+    """Bytes that each case counts towards `ShardConfig.shard_bytes`, (N,) int64."""
+    slabs = slabs_of(config)
+    return manifest.case_bytes() if slabs is None else slabs.shard_weights(manifest.table)
 
 
 def warm_reader(label_selector: dict[str, str] | None = None) -> ray.ObjectRef[int]:

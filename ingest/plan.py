@@ -76,8 +76,8 @@ class ShardConfig:
     transformed at length, take fewer cases."""
 
     shard_bytes: int = 128 * 2**20
-    """Bytes of one shard's objects at the most; a case larger than that is a shard of its own. Of a case that is read
-    in part those of its patch count, or an eighth of what is read where that is more."""
+    """Bytes of one shard's objects at the most; a case larger than that is a shard of its own. Of a case whose
+    patch is cut as it is read (`--data.fetch.slabs`) the patch counts, or a third of what is read if that is more."""
 
     block_bytes: int = 32 * 2**20
     """Bytes of samples that go through Ray's object store together, in whole batches: each such block costs Ray about
@@ -91,7 +91,7 @@ class ShardConfig:
     always do."""
 
     execution_bytes: int = 5 * 2**30
-    """As `execution_cases`, bytes of the objects."""
+    """As `execution_cases`, bytes of the objects, whole though they may be read in part."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

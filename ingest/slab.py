@@ -27,19 +27,21 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from .augment import PatchSampler
 from .crop import Boxes, Shape, foreground_boxes
 from .decode import LABEL_DTYPE, Buffer, DecodeConfig, LabelMap, check_values, decode_case, read_array
 from .errors import DecodeError, ObjectError
-from .layout import Known, Layout, layout_of
-from .manifest import Manifest
+from .layout import NAMES, Known, Layout, layout_of
 from .pairing import Case
 from .stores.base import ObjectMeta, RangeRequest, Store
 
 HEAD_BYTES = 512  # more than the .npy header of any plain array; one that is longer is read whole
-READ_FOR_ONE = 8  # bytes that a read task may read for each that it hands on, before they count in its size
+READ_FOR_ONE = 3  # bytes that a read task may read for each that it hands on, before they count in its size
 CASES_KNOWN = 8192  # of which a process remembers layout and boxes: about 2 KB each
+
+DEPTH = NAMES[2]
 
 T = TypeVar("T")
 
@@ -142,19 +144,27 @@ class Slabs:
         patch_bytes = 4 * self.decode.channels * math.prod(self.sampler.crop.patch)
         return max(self.least_bytes, -(-4 * patch_bytes // 3))
 
-    def shard_weights(self, manifest: Manifest) -> npt.NDArray[np.int64]:
+    def shard_weights(self, cases: pa.Table) -> npt.NDArray[np.int64]:
         """What each case adds to the size of its shard, (N,) int64 bytes: what its read task hands on.
 
-        That is both objects whole, and of a case whose patch is cut here the patch; but an eighth of what cutting it
-        reads where that is more, so that no task reads for minutes. Goes by the listing alone, as `takes` does.
+        That is both objects whole, and of a case whose patch is cut here the patch; but a third of what cutting it
+        reads, labels whole, where that is more: tasks are to be few, and none is to read for minutes. A volume whose
+        shape no manifest tells is taken for a cube.
+
+        Args:
+            cases: rows of a manifest.
         """
-        image, label = (manifest.table[f"{role}_bytes"].to_numpy() for role in ("image", "label"))
+        image, label = (cases[f"{role}_bytes"].to_numpy() for role in ("image", "label"))
         cut = image >= self._cut_from_bytes()
         for role in ("image", "label"):
-            cut &= manifest.table[f"{role}_generation"].is_valid().to_numpy()
+            cut &= cases[f"{role}_generation"].is_valid().to_numpy()
+        planes = np.rint(np.cbrt(label))  # a label has a byte a voxel
+        if DEPTH in cases.column_names:
+            known = cases[DEPTH].is_valid().to_numpy()
+            planes[known] = cases[DEPTH].drop_null().to_numpy()
         depth = self.sampler.crop.patch[0]
-        planes = np.maximum(depth, np.cbrt(label))  # as if volumes were cubes, and one voxel of a label a byte
-        read_bytes = (image * (depth / planes)).astype(np.int64) + label
+        part = np.where(_pays(depth, planes), depth / np.maximum(planes, 1), 1.0)
+        read_bytes = (image * part).astype(np.int64) + label
         handed_on = np.maximum(sum(map(len, self.blank())), read_bytes // READ_FOR_ONE)
         weights: npt.NDArray[np.int64] = np.where(cut, handed_on, image + label)
         return weights
@@ -278,8 +288,8 @@ def names_fault(error: DecodeError, name: str) -> bool:
     return str(error).startswith(f"{name}: ")
 
 
-def _pays(part: int, whole: int) -> bool:
-    """Whether it pays to read a part, whose checksum is not known: where a quarter is saved."""
+def _pays(part: int, whole: Any) -> Any:
+    """Whether it pays to read a part, whose checksum is not known: where a quarter is saved. Also of arrays."""
     return 4 * part <= 3 * whole
 
 
