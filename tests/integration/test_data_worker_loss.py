@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -74,5 +73,6 @@ def test_a_lost_data_node_and_a_new_one_change_no_sample(places):
         env=environment,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    last = ran.stdout.strip().splitlines()[-1]
-    assert re.fullmatch(rf"digest {expected} samples {count} nodes 4", last)
+    # Ray may print the log of the node that it has lost, before or after.
+    said = [line for line in ran.stdout.splitlines() if line.startswith("digest ")]
+    assert said == [f"digest {expected} samples {count} nodes 4"]
