@@ -23,7 +23,7 @@ import math
 import threading
 import zlib
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from .augment import PatchSampler
 from .crop import Boxes, Shape, foreground_boxes
 from .decode import LABEL_DTYPE, Buffer, DecodeConfig, LabelMap, check_values, decode_case, read_array
 from .errors import DecodeError, ObjectError
-from .layout import NAMES, Known, Layout, layout_of
+from .layout import Known, Layout, layout_of
 from .pairing import Case
 from .stores.base import ObjectMeta, RangeRequest, Store
 
@@ -41,7 +41,7 @@ HEAD_BYTES = 512  # more than the .npy header of any plain array; one that is lo
 READ_FOR_ONE = 3  # bytes that a read task may read for each that it hands on, before they count in its size
 CASES_KNOWN = 8192  # of which a process remembers layout and boxes: about 2 KB each
 
-DEPTH = NAMES[2]
+DEPTH = "depth"  # of `layout.FIELDS`
 
 T = TypeVar("T")
 
@@ -286,6 +286,14 @@ def look_up(images: Store, labels: Store, case: Case) -> Known | None:
 def names_fault(error: DecodeError, name: str) -> bool:
     """Whether this object is the one at fault: each message begins with its name."""
     return str(error).startswith(f"{name}: ")
+
+
+@overload
+def _pays(part: int, whole: int) -> bool: ...
+
+
+@overload
+def _pays(part: int, whole: npt.NDArray[Any]) -> npt.NDArray[np.bool_]: ...
 
 
 def _pays(part: int, whole: Any) -> Any:

@@ -23,24 +23,36 @@ def slabs(patch: tuple[int, int, int], channels: int = 1) -> Slabs:
     return Slabs(sampler=sampler, decode=DecodeConfig(channels=channels), least_bytes=FetchConfig().slab_image_bytes)
 
 
-def manifest_of(label_bytes: list[int], *, pinned: list[bool] | None = None, channels: int = 1) -> Manifest:
-    """Images of four bytes a voxel and channel, labels of one; those that are not pinned have no generation."""
-    pinned = pinned or [True] * len(label_bytes)
+def manifest_of(
+    label_bytes: list[int], *, pinned: list[tuple[bool, bool]] | None = None, channels: int = 1
+) -> Manifest:
+    """Images of four bytes a voxel and channel, labels of one; of those that are not pinned no generation is known."""
+    pinned = pinned or [(True, True)] * len(label_bytes)
     cases = []
     for number, (size, known) in enumerate(zip(label_bytes, pinned, strict=True)):
-        generation = 1 if known else None
-        image = ObjectMeta(f"{number}_x", 4 * channels * size, generation)
-        cases.append(Case(f"{number:05d}", image, ObjectMeta(f"{number}_y", size, generation)))
+        of_image, of_label = (1 if each else None for each in known)
+        image = ObjectMeta(f"{number}_x", 4 * channels * size, of_image)
+        cases.append(Case(f"{number:05d}", image, ObjectMeta(f"{number}_y", size, of_label)))
     return Manifest.from_cases(cases, images_uri="gs://b/images/", labels_uri="gs://b/labels/")
 
 
+# Voxels where patches of 32 and of 128 cubed begin to be cut: at 8 MiB, and at four thirds of the patch.
+EDGES = [2**21 - 1, 2**21, 4 * 128**3 // 3, 4 * 128**3 // 3 + 1]
+
+
 @given(
-    sides=st.lists(st.tuples(st.integers(20, 400), st.booleans()), min_size=1, max_size=30),
+    found=st.lists(
+        st.tuples(
+            st.integers(20, 400).map(lambda side: side**3) | st.sampled_from(EDGES), st.booleans(), st.booleans()
+        ),
+        min_size=1,
+        max_size=30,
+    ),
     patch=st.sampled_from([(32, 32, 32), (128, 128, 128), (16, 256, 256)]),
 )
-def test_a_case_weighs_both_its_objects_or_where_its_patch_is_cut_no_less_than_the_patch(sides, patch):
+def test_a_case_weighs_both_its_objects_or_where_its_patch_is_cut_no_less_than_the_patch(found, patch):
     cutter = slabs(patch)
-    manifest = manifest_of([side**3 for side, _ in sides], pinned=[known for _, known in sides])
+    manifest = manifest_of([size for size, _, _ in found], pinned=[known for _, *known in found])
     cut = np.array([cutter.takes(case) for case in cases_of(manifest.table)])
     weights, whole = cutter.shard_weights(manifest.table), manifest.case_bytes()
     assert weights.dtype == np.int64
