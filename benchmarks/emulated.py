@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray.data
@@ -74,11 +74,26 @@ def emulated_loop(config: Mapping[str, Any]) -> list[RankReport]:
 class EmulatedRank:
     """One rank's epochs, timed as one run and each by itself."""
 
-    def __init__(self, job: EmulatedJob, meeting: Meeting) -> None:
-        """Start the clock of the whole run."""
+    def __init__(
+        self,
+        job: EmulatedJob,
+        meeting: Meeting,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Start timing the whole run.
+
+        Args:
+            job: the steps to emulate.
+            meeting: joins the ranks after each step.
+            clock: gives seconds; tests hand in one that they move themselves.
+            sleep: takes the seconds of a step's compute.
+        """
         self.job, self.meeting = job, meeting
+        self.clock, self.sleep = clock, sleep
         self.by_epoch: list[StallReport] = []
-        self.whole = StallMeter()
+        self.whole = StallMeter(clock)
         self.epoch = self.whole
 
     def run(self) -> RankReport:
@@ -86,7 +101,7 @@ class EmulatedRank:
         samples = 0
         for batch in self.whole.steps(self._steps()):
             if self.job.step_s:
-                time.sleep(self.job.step_s)
+                self.sleep(self.job.step_s)
             samples += len(batch["index"])
             with self.whole.aside(), self.epoch.aside():
                 self.meeting.wait()
@@ -103,7 +118,7 @@ class EmulatedRank:
             )
         for number in range(self.job.epochs):
             samples = 0
-            self.epoch = StallMeter()
+            self.epoch = StallMeter(self.clock)
             for batch, found in self.epoch.steps(epochs.of(number, self.job.steps_per_epoch)):
                 check_epoch(found, number)
                 samples += len(batch["index"])

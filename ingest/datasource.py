@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray.cloudpickle
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
@@ -18,6 +19,7 @@ from .fetch import RAW_SCHEMA, FetchConfig, ShardSpec, read_shard
 from .manifest import Manifest
 from .plan import Indices, ReadPlan
 from .quarantine import BadCaseConfig, Quarantine
+from .shield import shielded
 from .slab import Slabs
 from .stores.base import StoreConfig
 from .tally import Recorder
@@ -134,9 +136,7 @@ class PairedVolumeDatasource(ray.data.Datasource):
             slabs=self._slabs,
             record=self._record,
         )
-        read = functools.partial(read_shard, spec)
-        functools.update_wrapper(read, read_shard)  # Ray names a read task by its function's __name__
-        return read
+        return shielded_task(functools.partial(read_shard, spec))
 
     def _plan_now(self, data_context: DataContext | None) -> ReadPlan:
         if data_context is None:
@@ -162,6 +162,21 @@ class PairedVolumeDatasource(ray.data.Datasource):
 
     def _known(self) -> Indices:
         return np.zeros(0, dtype=np.int64) if self._quarantine is None else self._quarantine.indices()
+
+
+def shielded_task(function: functools.partial[Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """The same generator function for a Ray task, run where cancelling the task cannot break its process.
+
+    Args:
+        function: with its settings bound. It is pickled here, so that a worker loads it on the shielded thread.
+    """
+    payload: bytes = ray.cloudpickle.dumps(function)  # type: ignore[no-untyped-call]
+
+    def task(*arguments: Any) -> Iterator[Any]:
+        return shielded(payload, *arguments)
+
+    task.__name__ = task.__qualname__ = function.func.__name__  # Ray names its tasks by it
+    return task
 
 
 def _only_counted() -> Iterator[pa.Table]:

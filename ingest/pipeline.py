@@ -18,7 +18,7 @@ import tyro
 
 from .augment import AugmentConfig, PatchSampler
 from .crop import CropConfig
-from .datasource import PairedVolumeDatasource
+from .datasource import PairedVolumeDatasource, shielded_task
 from .decode import DecodeConfig, decode_case
 from .errors import ConfigError, DecodeError
 from .execution import execution_options, made_with
@@ -201,15 +201,16 @@ def training_dataset(
         slabs=slabs_of(config),
         record=record,
     )
-    sample = functools.partial(
-        sample_patches,
-        sampler=sampler_of(config),
-        decode=config.decode,
-        batch=block,
-        quarantine=quarantine if config.bad.on_bad == "quarantine" else None,
-        record=record,
+    sample = shielded_task(
+        functools.partial(
+            sample_patches,
+            sampler=sampler_of(config),
+            decode=config.decode,
+            batch=block,
+            quarantine=quarantine if config.bad.on_bad == "quarantine" else None,
+            record=record,
+        )
     )
-    functools.update_wrapper(sample, sample_patches)
     shards = max(1, source.first_shards())
     concurrency = config.blocks_in_flight
     if concurrency is not None:

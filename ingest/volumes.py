@@ -15,6 +15,7 @@ from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
 from ray.data.datasource import ReadTask
 
+from .datasource import shielded_task
 from .decode import LabelMap, Volume, decode_case
 from .errors import DecodeError
 from .execution import execution_options, made_with
@@ -107,7 +108,9 @@ def case_volumes(
     reads = []
     for start, stop in itertools.pairwise(bounds.tolist()):
         spec = case_shard(cases, np.arange(start, stop), indices[start:stop], config, quarantine, block)
-        reads.append(Read(_named(functools.partial(read_shard, spec)), stop - start, int(sizes[start:stop].sum())))
+        reads.append(
+            Read(shielded_task(functools.partial(read_shard, spec)), stop - start, int(sizes[start:stop].sum()))
+        )
     return _dataset(reads, RAW_SCHEMA, target, config.task_cpus, config.label_selector)
 
 
@@ -146,7 +149,7 @@ def image_volumes(
     target, _, bounds = _layout(sizes, shards)
     reads = [
         Read(
-            _named(functools.partial(read_images, ImageShard(uri, store, tuple(images[start:stop])))),
+            shielded_task(functools.partial(read_images, ImageShard(uri, store, tuple(images[start:stop])))),
             stop - start,
             int(sizes[start:stop].sum()),
         )
@@ -201,8 +204,3 @@ def _dataset(
             VolumeDatasource(reads, schema), override_num_blocks=max(1, len(reads)), num_cpus=task_cpus
         )
     return volumes
-
-
-def _named(function: functools.partial[Iterator[pa.Table]]) -> functools.partial[Iterator[pa.Table]]:
-    functools.update_wrapper(function, function.func)  # Ray names a read task by its function's __name__
-    return function

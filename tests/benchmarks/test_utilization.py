@@ -56,11 +56,13 @@ def test_a_rank_of_the_control_sleeps_through_every_step_and_waits_for_nothing()
     job = EmulatedJob(
         step_s=0.01, epochs=3, together=2, steps_per_epoch=5, batch=BATCH, prefetch_batches=1, in_memory=True
     )
-    report = EmulatedRank(job, Alone()).run()
+    clock = HandClock()
+    report = EmulatedRank(job, Alone(), clock=clock, sleep=clock.move).run()
     assert (report.whole.steps, report.whole.samples) == (15, 15 * BATCH)
     assert [epoch.steps for epoch in report.by_epoch] == [5, 5, 5]
-    assert report.whole.compute_s >= 14 * 0.01
-    assert report.whole.wait_s < 0.05
+    assert report.whole.compute_s == pytest.approx(15 * 0.01)
+    assert report.whole.wait_s == 0.0
+    assert [epoch.wait_s for epoch in report.by_epoch] == [0.0] * 3
 
 
 def test_au_is_the_formula_over_all_epochs_on_end() -> None:
