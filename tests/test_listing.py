@@ -10,11 +10,54 @@ import pytest
 from ingest.emulator import EmbeddedServer
 from ingest.errors import EmptyListingError, PlaceNotFoundError
 from ingest.listing import list_objects
+from ingest.pairing import pair_cases
 from ingest.stores import ObjectMeta, StoreConfig, open_store
 from ingest.stores.gcs_listing import what_is_missing
 from ingest.testing import MemoryStore, make_cases
 
 from .gcs_place import GCSPlace
+
+LITTER = (
+    ".ipynb_checkpoints/case_00000_x.npy",
+    "a/.hidden/case_00000_x.npy",
+    ".case_00000_x.npy",
+    "._case_00000_x.npy",
+    "a/.DS_Store",
+    "__MACOSX/case_00000_x.npy",
+    "a/Thumbs.db",
+    "desktop.ini",
+)
+
+
+@pytest.mark.parametrize("kind", ["local", "gcs"])
+def test_hidden_folders_and_the_litter_of_desktops_are_skipped_and_counted(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The URI itself lies below a hidden folder: only what is below the URI counts.
+    if kind == "local":
+        store = open_store(str(tmp_path / ".cache" / "data"))
+    else:
+        request.getfixturevalue("gcs_server")
+        store = open_store(f"gs://{request.getfixturevalue('bucket')}/.cache/data")
+    for name in (*LITTER, "case_00000_x.npy", "case_00000_y.npy"):
+        store.put(name, b"x")
+    with caplog.at_level(logging.WARNING):
+        listed = list_objects(store)
+    assert [meta.name for meta in listed] == ["case_00000_x.npy", "case_00000_y.npy"]
+    (record,) = caplog.records
+    assert "skipped 8 objects" in record.message
+    for part in ("1 hidden files", "2 in hidden folders", "3 left by macOS", "2 left by Windows"):
+        assert part in record.message
+    assert [(case.case_id, case.image.name) for case in pair_cases(listed, listed, same_place=True).cases] == [
+        ("case_00000", "case_00000_x.npy")
+    ]
+
+
+def test_a_place_that_holds_only_litter_is_empty_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").touch()
+    with pytest.raises(EmptyListingError, match=r"holds none but 1 objects that are not data: 1 left by macOS"):
+        list_objects(open_store(str(tmp_path)))
+
 
 MANY = [f"deep/{number % 7}/{number:05d}_x.npy" for number in range(12_000)]
 
