@@ -95,7 +95,6 @@ def _list(store: Lists, found: Callable[[int], None]) -> list[ObjectMeta]:
 
 
 def _warn_of_classes(uri: str, objects: list[ObjectMeta]) -> None:
-    # What the fast listing lists carries no class; it gives a warning of its own.
     classes = collections.Counter(meta.storage_class for meta in objects)
     others = {name: count for name, count in classes.items() if name not in (None, "STANDARD")}
     if others:
