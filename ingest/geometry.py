@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from .errors import ConfigError, MissingDependencyError, PlaceNotFoundError
 from .manifest import COPY_PATTERN
+from .names import same_form
 from .stores.base import ObjectMeta, StoreConfig, open_store
 
 FOLDER = "geometry/"
@@ -84,7 +85,7 @@ def list_geometry(uri: str, store: StoreConfig | None = None) -> dict[str, Objec
         found = list(open_store(uri, store).list())
     except PlaceNotFoundError:
         return {}
-    return {entry.name.removesuffix(".json"): entry for entry in found if entry.name.endswith(".json")}
+    return {same_form(entry.name.removesuffix(".json")): entry for entry in found if entry.name.endswith(".json")}
 
 
 def original(case_id: str) -> str:

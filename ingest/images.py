@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from .errors import ConfigError, PairingError
 from .listing import list_objects
+from .names import same_form, visible
 from .pairing import EQUAL_NAMES, SUFFIXED_IMAGE
 from .stores.base import ObjectMeta, StoreConfig, open_store
 
@@ -56,27 +57,28 @@ def list_images(uri: str, store: StoreConfig | None = None, pattern: str | None 
         suffixed = any(re.fullmatch(SUFFIXED_IMAGE, entry.name) for entry in objects)
         pattern = SUFFIXED_IMAGE if suffixed else EQUAL_NAMES
     try:
-        compiled = re.compile(pattern)
+        compiled = re.compile(same_form(pattern))
     except re.error as error:
         raise ConfigError(f"--pattern: {pattern!r} is not a regular expression ({error}); mend it") from error
     if compiled.groups != 1:
         raise ConfigError(f"--pattern: expected one group, the key, found {compiled.groups} in {pattern!r}")
     found: dict[str, Image] = {}
     for entry in objects:
-        match = compiled.fullmatch(entry.name)
+        match = compiled.fullmatch(same_form(entry.name))
         if match is None:
             continue
         key = match.group(1) or ""
         if key in found:
+            names = (found[key].meta.name, entry.name)
+            one, other = names if all(name.isascii() for name in names) else map(ascii, names)
             raise PairingError(
-                f"expected one image a key in {uri}, found {found[key].meta.name} and {entry.name} for {key!r}; remove "
-                "one, or give --pattern"
+                f"expected one image a key in {uri}, found {one} and {other} for {key!r}; remove one, or give --pattern"
             )
         found[key] = Image(key, entry)
     if not found:
         raise PairingError(
-            f"expected images in {uri}, found none among {len(objects)} objects (first: {objects[0].name}); check the "
-            "URI, or give --pattern"
+            f"expected images in {uri}, found none among {len(objects)} objects (first: {visible(objects[0].name)}); "
+            "check the URI, or give --pattern"
         )
     return [found[key] for key in sorted(found, key=lambda key: key.encode())]
 

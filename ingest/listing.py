@@ -14,6 +14,7 @@ import rich.console
 import rich.progress
 
 from .errors import EmptyListingError
+from .names import litter_kind, visible
 from .stores.base import Lists, ObjectMeta, StoreConfig
 
 logger = logging.getLogger(__name__)
@@ -33,26 +34,52 @@ class ListsFast(Protocol):
 
 
 def list_objects(store: Lists, *, progress: bool = True) -> list[ObjectMeta]:
-    """List every object of a place, in byte order of names.
+    """List every object of a place that may be data, in byte order of names.
+
+    Hidden files and folders below the URI, and the litter of macOS and Windows, are skipped; a warning counts them.
 
     Args:
         store: the place.
         progress: show a bar on a terminal, else a log line every 10 s, once a listing takes more than 2 s.
 
     Raises:
-        EmptyListingError: the place exists and holds no object.
+        EmptyListingError: the place exists and holds no object that may be data.
         PlaceNotFoundError: the bucket or folder does not exist.
         CredentialsError, PermissionDeniedError, UnreachableError: as named.
     """
     with _progress(store.uri, shown=progress) as found:
-        objects = _list(store, found)
+        objects, skipped = without_litter(_list(store, found))
+    if skipped:
+        logger.warning("%s: skipped %s", store.uri, _described(skipped))
     if not objects:
+        but = f" but {_described(skipped)}" if skipped else ""
         raise EmptyListingError(
-            f"expected objects in {store.uri}, found that it exists and holds none; check the path below the bucket or "
-            f"folder, or upload data there"
+            f"expected objects in {store.uri}, found that it exists and holds none{but}; check the path below the "
+            f"bucket or folder, or upload data there"
         )
     _warn_of_classes(store.uri, objects)
     return objects
+
+
+def without_litter(objects: list[ObjectMeta]) -> tuple[list[ObjectMeta], dict[str, list[ObjectMeta]]]:
+    """Split a listing into what may be data, and the litter by its kind; see `litter_kind`."""
+    kept: list[ObjectMeta] = []
+    skipped: dict[str, list[ObjectMeta]] = {}
+    for meta in objects:
+        kind = litter_kind(meta.name)
+        if kind is None:
+            kept.append(meta)
+        else:
+            skipped.setdefault(kind, []).append(meta)
+    return kept, skipped
+
+
+def _described(skipped: dict[str, list[ObjectMeta]]) -> str:
+    total = sum(len(metas) for metas in skipped.values())
+    kinds = ", ".join(
+        f"{len(metas):,} {kind} (first: {visible(metas[0].name)})" for kind, metas in sorted(skipped.items())
+    )
+    return f"{total:,} objects that are not data: {kinds}"
 
 
 def _list(store: Lists, found: Callable[[int], None]) -> list[ObjectMeta]:
@@ -68,7 +95,6 @@ def _list(store: Lists, found: Callable[[int], None]) -> list[ObjectMeta]:
 
 
 def _warn_of_classes(uri: str, objects: list[ObjectMeta]) -> None:
-    # What the fast listing lists carries no class; it gives a warning of its own.
     classes = collections.Counter(meta.storage_class for meta in objects)
     others = {name: count for name, count in classes.items() if name not in (None, "STANDARD")}
     if others:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from .errors import ConfigError, PairingError
+from .names import same_form, visible
 from .stores.base import ObjectMeta
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def choose_patterns(
     ways.
     """
     if config.image_pattern is not None and config.label_pattern is not None:
-        return re.compile(config.image_pattern), re.compile(config.label_pattern)
+        return re.compile(same_form(config.image_pattern)), re.compile(same_form(config.label_pattern))
     suffixed_image, suffixed_label = re.compile(SUFFIXED_IMAGE), re.compile(SUFFIXED_LABEL)
     both = any(suffixed_image.fullmatch(o.name) for o in images) and any(
         suffixed_label.fullmatch(o.name) for o in labels
@@ -126,8 +127,9 @@ def join_by_key(
         same_place: the two URIs are one, so each listing also holds the other role's objects.
 
     Returns:
-        Cases sorted by key. A key that two objects of a role share makes no case at all: which of the two is
-        right cannot be known.
+        Cases sorted by key. Keys are in Unicode's composed form (NFC), so names that differ only in their form have
+        one key; the objects keep their names as listed. A key that two objects of a role share makes no case at all:
+        which of the two is right cannot be known.
     """
     config = config or PairingConfig()
     image_pattern, label_pattern = choose_patterns(images, labels, config, same_place=same_place)
@@ -140,10 +142,11 @@ def join_by_key(
     ):
         by_key: dict[str, list[ObjectMeta]] = {}
         for entry in objects:
-            match = pattern.fullmatch(entry.name)
+            name = same_form(entry.name)
+            match = pattern.fullmatch(name)
             if match is not None:
                 by_key.setdefault(match.group(1) or "", []).append(entry)
-            elif same_place and other.fullmatch(entry.name) is not None:
+            elif same_place and other.fullmatch(name) is not None:
                 continue
             elif VOLUME_LIKE.search(entry.name):
                 problems.append(Problem("name-without-key", role, entry.name, ""))
@@ -206,7 +209,7 @@ def describe_problems(problems: Sequence[Problem], *, images: int, labels: int) 
     sentences: list[str] = []
     for (kind, role), count in sorted(counts.items()):
         mine = [p for p in problems if p.kind == kind and p.role == role]
-        names = ", ".join(p.name for p in mine[:SHOWN]) + (f" and {count - SHOWN} more" if count > SHOWN else "")
+        names = ", ".join(_shown(p) for p in mine[:SHOWN]) + (f" and {count - SHOWN} more" if count > SHOWN else "")
         what = {
             "image-without-label": "have no label",
             "label-without-image": "have no image",
@@ -219,5 +222,12 @@ def describe_problems(problems: Sequence[Problem], *, images: int, labels: int) 
     return "; ".join(sentences)
 
 
+def _shown(problem: Problem) -> str:
+    # Two names of one key may differ in their Unicode form only, and then look the same.
+    return (
+        ascii(problem.name) if problem.kind == "duplicate-key" and not problem.name.isascii() else visible(problem.name)
+    )
+
+
 def _first(objects: Sequence[ObjectMeta]) -> str:
-    return objects[0].name if objects else "none"
+    return visible(objects[0].name) if objects else "none"

@@ -1,10 +1,14 @@
 """Joining by key: no pair is ever wrong, and nothing is left out without a word."""
 
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ingest.errors import ConfigError, PairingError
+from ingest.geometry import list_geometry
+from ingest.images import list_images
 from ingest.pairing import PairingConfig, join_by_key, pair_cases
 from ingest.stores.base import ObjectMeta
 
@@ -13,7 +17,13 @@ def objects(*names: str) -> list[ObjectMeta]:
     return [ObjectMeta(name, 100 + i, i, i) for i, name in enumerate(names)]
 
 
-keys = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\n"), min_size=1, max_size=12)
+def composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+keys = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\n"), min_size=1, max_size=12).map(
+    composed
+)
 
 
 @given(
@@ -142,3 +152,53 @@ def test_pairing_never_makes_an_object_its_own_label():
     listing = objects("a_x.npy", "b_x.npy")
     with pytest.raises(PairingError, match="2 of 2 images have no label"):
         pair_cases(listing, listing, same_place=True)
+
+
+COMPOSED, DECOMPOSED = "M\u00fcller", "Mu\u0308ller"
+
+
+@given(keys=st.sets(keys, min_size=1, max_size=8), forms=st.tuples(*[st.sampled_from(["NFC", "NFD"])] * 2))
+def test_pairing_joins_names_in_either_unicode_form_and_keeps_them_as_listed(keys, forms):
+    images, labels = (
+        [ObjectMeta(unicodedata.normalize(form, key) + suffix, 1) for key in sorted(keys)]
+        for form, suffix in zip(forms, ("_x.npy", "_y.npy"), strict=True)
+    )
+    pairing = join_by_key(images, labels)
+    assert not pairing.problems
+    assert [case.case_id for case in pairing.cases] == sorted(keys)
+    assert [case.image.name for case in pairing.cases] == [meta.name for meta in images]
+    assert [case.label.name for case in pairing.cases] == [meta.name for meta in labels]
+
+
+def test_pairing_shows_how_two_names_differ_that_look_the_same():
+    images = objects(f"{COMPOSED}_x.npy", f"{DECOMPOSED}_x.npy")
+    with pytest.raises(PairingError, match="share their key") as caught:
+        pair_cases(images, objects(f"{COMPOSED}_y.npy"))
+    assert "'M\\xfcller_x.npy'" in str(caught.value)
+    assert "'Mu\\u0308ller_x.npy'" in str(caught.value)
+
+
+def test_pairing_shows_what_cannot_be_seen_in_an_unpaired_name():
+    with pytest.raises(PairingError, match="have no label") as caught:
+        pair_cases(objects("a_x.npy", "b\u200b_x.npy"), objects("a_y.npy"))
+    assert "'b\\u200b_x.npy'" in str(caught.value)
+
+
+def test_patterns_match_names_in_either_form():
+    config = PairingConfig(image_pattern=rf"{COMPOSED}(\d)\.npy", label_pattern=rf"{DECOMPOSED}(\d)\.npy")
+    assert len(pair_cases(objects(f"{DECOMPOSED}1.npy"), objects(f"{COMPOSED}1.npy"), config).cases) == 1
+
+
+def test_images_without_labels_have_keys_of_one_form(tmp_path):
+    (tmp_path / f"{DECOMPOSED}_x.npy").touch()
+    assert [image.case_id for image in list_images(str(tmp_path))] == [COMPOSED]
+    (tmp_path / f"{COMPOSED}_x.npy").touch()
+    with pytest.raises(PairingError) as caught:
+        list_images(str(tmp_path))
+    assert "\\xfc" in str(caught.value)
+    assert "\\u0308" in str(caught.value)
+
+
+def test_affines_are_found_by_either_form_of_a_name(tmp_path):
+    (tmp_path / f"{DECOMPOSED}.json").write_text("{}")
+    assert list(list_geometry(str(tmp_path))) == [COMPOSED]

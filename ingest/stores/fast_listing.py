@@ -2,7 +2,7 @@
 
 As a module it is the parent's side; run by ``python -m ingest.stores.fast_listing`` it is the child, which alone
 imports Dataflux. The controller forks workers and loses them in ways that end in a short or empty answer without any
-error, so nothing here is trusted: `ingest.stores.gcs` compares what comes back with plain listings.
+error, so nothing here is trusted: `ingest.stores.gcs` takes only split points from it, and lists each range plainly.
 """
 
 from __future__ import annotations

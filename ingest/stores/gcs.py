@@ -18,12 +18,13 @@ from .gcs_clients import google_blob, google_client, timeouts_s
 from .gcs_compose import ComposeReader, is_composite
 from .gcs_direct import DirectReader
 from .gcs_errors import AbsentError, call
-from .gcs_listing import what_is_missing
+from .gcs_listing import list_ranges, probe_points
 from .gcs_probe import Settled, settle
 
 logger = logging.getLogger(__name__)
 
 _FIELDS = "items(name,size,generation,crc32c,storageClass),nextPageToken"
+_LISTING_THREADS = 10  # connections that google-cloud-storage's client keeps open
 
 Listed = list[ObjectMeta]
 Page = tuple[Listed, str | None]
@@ -94,7 +95,13 @@ class GCSStore(BaseStore):
                 return
 
     def list_page(
-        self, prefix: str = "", *, token: str | None = None, start: str | None = None, limit: int | None = None
+        self,
+        prefix: str = "",
+        *,
+        token: str | None = None,
+        start: str | None = None,
+        end: str | None = None,
+        limit: int | None = None,
     ) -> Page:
         """One page of a plain listing, in byte order of names.
 
@@ -102,6 +109,7 @@ class GCSStore(BaseStore):
             prefix: of names, relative to the URI.
             token: where the page before ended; None begins.
             start: the first name to list, relative to the URI.
+            end: the name before which to end, relative to the URI; None is no end.
             limit: objects of the page; None takes `list_page_size`.
 
         Returns:
@@ -119,6 +127,7 @@ class GCSStore(BaseStore):
                 page_size=limit or self.config.list_page_size,
                 page_token=token,
                 start_offset=None if start is None else self.prefix + start,
+                end_offset=None if end is None else self.prefix + end,
                 fields=_FIELDS,
                 retry=None,
                 timeout=timeouts_s(self.config),
@@ -134,17 +143,31 @@ class GCSStore(BaseStore):
         return [self._meta(blob) for blob in blobs if not _is_no_data(blob.name)], next_token
 
     def list_rest(self, listed: Listed, found: Callable[[int], None]) -> Listed:
-        """Every object of the place, given the first ones of a plain listing: by Dataflux's parallel listing.
+        """Every object of the place, given the first ones: plain listings of ranges of names, in parallel.
 
-        What that brings is compared with plain pages; when it is found short, a plain listing finishes the work.
+        Every object has the same fields as in a plain listing.
 
         Args:
-            listed: the first objects, in byte order of names; they keep their generations and checksums.
+            listed: the first objects, in byte order of names.
             found: told how many objects are known.
 
         Raises:
             PlaceNotFoundError, CredentialsError, PermissionDeniedError, UnreachableError: as for `list`.
         """
+        start = listed[-1].name
+        ranges = 4 * self.config.fast_listing_processes
+        before = listed[:-1]
+        rest = list_ranges(
+            self._list_range,
+            start,
+            self._split_points(start, ranges),
+            min(self.config.fast_listing_processes, _LISTING_THREADS),
+            lambda count: found(len(before) + count),
+        )
+        return before + rest
+
+    def _split_points(self, start: str, wanted: int) -> Sequence[str]:
+        """Names that cut those from `start` on into about equal parts: of Dataflux's listing, else by probing."""
         config = self.config
         try:
             fast = fast_list_objects(
@@ -154,36 +177,30 @@ class GCSStore(BaseStore):
                 processes=config.fast_listing_processes,
                 timeout_s=config.fast_listing_timeout_s,
             )
+            names = sorted(name for key in fast.sizes if (name := key[len(self.prefix) :]) > start)
+            why = "it found no name beyond those listed already"
         except ListingError as error:
-            return self._list_plainly(listed, found, str(error))
-        cut = len(self.prefix)
-        objects = [ObjectMeta(name[cut:], size) for name, size in sorted(fast.sizes.items())]
-        found(len(objects))
-        lacking = what_is_missing(listed, objects, lambda start, limit: self.list_page(start=start, limit=limit)[0])
-        if lacking:
-            return self._list_plainly(listed, found, lacking)
-        if fast.classes:
-            logger.warning(
-                "%s: about %s objects are not of storage class STANDARD (%s); they are listed and read all the same, "
-                "but reading them costs a retrieval fee each epoch: rewrite them as STANDARD",
-                self.uri,
-                f"{sum(fast.classes.values()):,}",
-                ", ".join(f"{count:,} {name}" for name, count in sorted(fast.classes.items())),
-            )
-        known = {meta.name: meta for meta in listed}
-        return [known.get(meta.name, meta) for meta in objects]
+            names, why = [], str(error)
+        if names:
+            logger.info("%s: split points are of Dataflux's listing of %s names", self.uri, f"{len(names):,}")
+            return names[:: max(1, len(names) // wanted)]
+        logger.warning(
+            "%s: probing takes over from Dataflux's listing as the source of split points: %s", self.uri, why
+        )
+        return probe_points(start, self._first_name, wanted=wanted)
 
-    def _list_plainly(self, listed: Listed, found: Callable[[int], None], why: str) -> Listed:
-        logger.warning("%s: a plain listing takes over from the parallel one, which fell short: %s", self.uri, why)
-        objects = listed[:-1]
-        start: str | None = listed[-1].name
-        token: str | None = None
-        while True:
-            page, token = self.list_page(start=start, token=token)
+    def _list_range(self, start: str, end: str | None) -> Listed:
+        objects, token = self.list_page(start=start, end=end)
+        while token:
+            page, token = self.list_page(start=start, end=end, token=token)
             objects.extend(page)
-            found(len(objects))
-            if not token:
-                return objects
+        return objects
+
+    def _first_name(self, start: str, end: str | None) -> str | None:
+        objects, token = self.list_page(start=start, end=end, limit=1)
+        if not objects and token:  # a folder object or a composite
+            objects, _ = self.list_page(start=start, end=end, token=token)
+        return objects[0].name if objects else None
 
     def _meta(self, blob: storage.Blob) -> ObjectMeta:
         return ObjectMeta(

@@ -1,77 +1,93 @@
-"""Whether a parallel listing is complete, as far as a few plain pages can tell."""
+"""A listing in parallel: split points of the names, and one plain listing for each range between them."""
 
 from __future__ import annotations
 
-import bisect
+import collections
+import concurrent.futures
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 from .base import ObjectMeta
 
-SPREAD_PROBES = 8
-GAP_PROBES = 24
-_SPREAD_OBJECTS = 1000
-_GAP_OBJECTS = 8
-
-ListPage = Callable[[str, int], Sequence[ObjectMeta]]
-"""A plain page: the first name, how many objects."""
+ListRange = Callable[[str, str | None], list[ObjectMeta]]
+"""Lists plainly, whole: from this name, to before that one; None is no end."""
+FirstName = Callable[[str, str | None], str | None]
+"""Gives the first name of such a range; None where there is none."""
 
 
-def what_is_missing(listed: Sequence[ObjectMeta], fast: Sequence[ObjectMeta], page: ListPage) -> str | None:
-    """Compare a parallel listing with plain ones that know nothing of it.
-
-    Looked at are: every object already listed plainly; pages from starts spread over the names; the places where
-    neighbouring names lie furthest apart, which is where a lost range of names shows; and the end.
+def list_ranges(
+    list_range: ListRange, start: str, points: Sequence[str], threads: int, found: Callable[[int], None]
+) -> list[ObjectMeta]:
+    """List everything from a name on, in byte order of names. Any points give the same listing.
 
     Args:
-        listed: plain, the first objects in byte order of names.
-        fast: parallel, in byte order of names.
-        page: lists a plain page.
+        list_range: lists one range; called from several threads.
+        start: the first name that may be listed.
+        points: names, whether they exist or not; those up to `start` are left out.
+        threads: how many ranges are listed at a time.
+        found: told how many objects are listed so far.
 
-    Returns:
-        What the parallel listing lacks or has wrong, in words; None where no difference was found.
+    Raises:
+        StoreError: the error of any range; the ranges not yet begun are cancelled.
     """
-    names = [meta.name for meta in fast]
-    sizes = {meta.name: meta.size_bytes for meta in fast}
-    lacking = _difference(listed, names, sizes)
-    if lacking:
-        return lacking
-    if not names:
-        return "it is empty"
-    for position in np.linspace(0, len(names) - 1, SPREAD_PROBES).astype(int):
-        lacking = _difference(page(names[position], _SPREAD_OBJECTS), names, sizes)
-        if lacking:
-            return lacking
-    for position in _widest_gaps(names):
-        lacking = _difference(page(names[position], _GAP_OBJECTS), names, sizes)
-        if lacking:
-            return lacking
-    return None
+    bounds = [start, *sorted({point for point in points if point > start})]
+    ends = [*bounds[1:], None]
+    pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="voxflux-listing")
+    try:
+        ranges = [pool.submit(list_range, begin, end) for begin, end in zip(bounds, ends, strict=True)]
+        count = 0
+        for done in concurrent.futures.as_completed(ranges):
+            count += len(done.result())
+            found(count)
+        return [meta for listed in ranges for meta in listed.result()]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _difference(plain: Sequence[ObjectMeta], names: Sequence[str], sizes: dict[str, int]) -> str | None:
-    for meta in plain:
-        if meta.name not in sizes:
-            return f"it lacks {meta.name}"
-        if sizes[meta.name] != meta.size_bytes:
-            return f"it gives {sizes[meta.name]:,} bytes for {meta.name}, which has {meta.size_bytes:,}"
-    if plain:
-        between = bisect.bisect_right(names, plain[-1].name) - bisect.bisect_left(names, plain[0].name)
-        if between != len(plain):
-            return (
-                f"it has {between:,} objects from {plain[0].name} to {plain[-1].name}, where there are {len(plain):,}"
-            )
-    return None
+def probe_points(first: str, first_name: FirstName, *, wanted: int, most_probes: int = 200) -> list[str]:
+    """Find split points by asking for single names, however long a prefix the names share.
+
+    Each step finds the character at which the names of a range first differ, and splits the range there.
+
+    Args:
+        first: the first name of all.
+        first_name: asks for one.
+        wanted: points after which the search ends.
+        most_probes: requests after which it ends.
+    """
+    left = most_probes
+
+    def ask(prefix: str, end: str | None) -> str | None:
+        nonlocal left
+        start = _after(prefix)
+        if start is None or left <= 0 or (end is not None and start >= end):
+            return None
+        left -= 1
+        return first_name(start, end)
+
+    points: list[str] = []
+    queue: collections.deque[tuple[str, str | None]] = collections.deque([(first, None)])
+    while queue and left > 0 and len(points) < wanted:
+        low, end = queue.popleft()
+        # The shorter the prefix, the fewer names come after all that begin with it.
+        short, long = 0, len(low)
+        while short < long:
+            middle = (short + long) // 2
+            if ask(low[: middle + 1], end) is None:
+                short = middle + 1
+            else:
+                long = middle
+        names = [low]
+        while len(names) < 2 * wanted and (name := ask(names[-1][: short + 1], end)) is not None:
+            names.append(name)
+        cuts = [name[: short + 1] for name in names[1:]]
+        points.extend(cuts)
+        queue.extend(zip(names, [*cuts, end], strict=True) if cuts else ())
+    return points
 
 
-def _widest_gaps(names: Sequence[str]) -> list[int]:
-    """Positions whose next name lies furthest off, names taken as numbers after what all of them share."""
-    first, last = names[0].encode(), names[-1].encode()
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    values = np.array(
-        [int.from_bytes(name.encode()[shared : shared + 7].ljust(7, b"\0"), "big") for name in names],
-        dtype=np.int64,
-    )
-    widest = np.argsort(np.diff(values))[::-1][:GAP_PROBES]
-    return [int(position) for position in widest]
+def _after(prefix: str) -> str | None:
+    """The first string after all that begin with a prefix; None where its last character is the last of all."""
+    last = ord(prefix[-1]) + 1 if prefix else 0x110000
+    if last == 0x110000:
+        return None
+    return prefix[:-1] + chr(0xE000 if last == 0xD800 else last)
