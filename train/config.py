@@ -52,8 +52,8 @@ class TrainerConfig:
     """Mean Dice of the held-out cases at which the run ends, with whole epochs; None trains all of `epochs`."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the forward pass: autocast to bf16, or to fp16 with a loss scale, or none; auto is bf16 on GPUs that have it,
-    fp32 elsewhere."""
+    """Of the forward pass: autocast to bf16, or to fp16 with a loss scale, or none; auto is bf16 on GPUs that have it
+    (compute capability 8.0 or more), fp16 on other GPUs, and fp32 on CPUs."""
 
     compile: bool = False
     """Put the network through torch.compile: a slow first step, and faster ones after it on most GPUs."""
