@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import posixpath
+import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +22,7 @@ SHIPPED = {"kits19-mlperf": "kits19-mlperf-cases.txt"}
 """Lists that come with voxflux, by the name that stands for them."""
 
 SHOWN = 3
+COMMENT = re.compile(r"(^|\s)#.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,8 @@ def pick_cases(manifest: Manifest, names: Sequence[str], source: str) -> Indices
 
     Args:
         manifest: of all cases.
-        names: case ids; bare numbers, as MLPerf's own list has them, stand for `case_NUMBER`.
+        names: case ids, in any Unicode form; a bare number, as MLPerf's own list has them, stands for `case_NUMBER`
+            where no case is named by the number itself.
         source: where the list is from, for messages.
 
     Raises:
@@ -93,9 +97,14 @@ def pick_cases(manifest: Manifest, names: Sequence[str], source: str) -> Indices
     if not names:
         raise ConfigError(f"{source}: expected case ids, one a line, found none; list the cases to hold out")
     ids = manifest.table["case_id"]
-    wanted = list(dict.fromkeys(f"case_{name}" if name.isdigit() else name for name in names))
-    found = pc.index_in(pa.array(wanted, pa.string()), value_set=ids.combine_chunks())
-    missing = [name for name, index in zip(wanted, found.to_pylist(), strict=True) if index is None]
+    value_set = pc.utf8_normalize(ids.combine_chunks(), form="NFC")
+    given = list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in names))
+    by_number = [f"case_{name}" if name.isdigit() else name for name in given]
+    found = pc.coalesce(
+        *(pc.index_in(pa.array(spelt, pa.string()), value_set=value_set) for spelt in (given, by_number))
+    )
+    wanted = list(dict.fromkeys(by_number))
+    missing = [name for name, index in zip(by_number, found.to_pylist(), strict=True) if index is None]
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise ConfigError(
@@ -103,7 +112,8 @@ def pick_cases(manifest: Manifest, names: Sequence[str], source: str) -> Indices
             f"among the {len(manifest)} there: {', '.join(missing[:SHOWN])}{more} (there: {ids[0].as_py()}, …); "
             "upload them, or take them off the list"
         )
-    return np.sort(found.to_numpy().astype(np.int64))
+    indices: Indices = np.unique(found.to_numpy().astype(np.int64))
+    return indices
 
 
 def part_of(manifest: Manifest, indices: Indices) -> Manifest:
@@ -112,7 +122,9 @@ def part_of(manifest: Manifest, indices: Indices) -> Manifest:
 
 
 def read_case_list(source: str, store: StoreConfig | None = None) -> list[str]:
-    """Case ids from a text file: one a line; empty lines and what follows a # are passed over.
+    """Case ids from a text file: one a line; empty lines and comments are passed over.
+
+    A comment begins with a # at the start of a line or after a space: a case id may contain one.
 
     Args:
         source: a path or URI, or the name of a list in `SHIPPED`.
@@ -139,5 +151,5 @@ def read_case_list(source: str, store: StoreConfig | None = None) -> list[str]:
             text = opened.fetch([entry])[0].decode()
         except UnicodeDecodeError as error:
             raise ConfigError(f"{source}: expected case ids, one a line, found no text ({error}); check it") from error
-    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    lines = (COMMENT.sub("", line).strip() for line in text.splitlines())
     return [line for line in lines if line]

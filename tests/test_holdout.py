@@ -102,3 +102,30 @@ def test_a_run_goes_on_with_the_list_that_it_began_with(tmp_path):
 def test_ways_to_hold_out_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         DataConfig(**settings)
+
+
+def test_a_bare_number_is_the_case_of_that_very_name_where_there_is_one():
+    numbered = manifest("001", "002", "003", "case_003")
+    assert pick_cases(numbered, ["003"], "list").tolist() == [2]
+    assert pick_cases(numbered, ["case_003", "001"], "list").tolist() == [0, 3]
+    assert pick_cases(KITS19, ["00003", "case_00003"], "list").tolist() == [3]
+
+
+def test_a_run_whose_cases_are_numbers_finds_its_held_out_cases_again():
+    numbered = manifest(*(f"{number:03d}" for number in range(1, 17)))
+    split = split_by_fraction(numbered, 0, 0.2)
+    assert pick_cases(numbered, ids(split.held_out), "--cases held-out").tolist() == split.indices.tolist()
+
+
+def test_a_name_with_a_hash_is_not_cut_there(tmp_path):
+    file = tmp_path / "cases.txt"
+    file.write_text("# by hand\nscan#2\nscan#3\t# the small one\n  # none\n#scan\n")
+    assert read_case_list(str(file)) == ["scan#2", "scan#3"]
+    split = split_of(DataConfig(holdout_cases=str(file)), manifest("scan", "scan#2", "scan#3"))
+    assert ids(split.held_out) == ["scan#2", "scan#3"]
+
+
+def test_a_listed_name_is_found_in_either_unicode_form():
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for there, listed in ((composed, decomposed), (decomposed, composed)):
+        assert pick_cases(manifest(there, "z"), [listed], "list").tolist() == [0]
