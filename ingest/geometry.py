@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ConfigError, MissingDependencyError, PlaceNotFoundError
-from .manifest import COPY_PATTERN
 from .stores.base import ObjectMeta, StoreConfig, open_store
+from .subjects import COPY_PATTERN
 
 FOLDER = "geometry/"
 

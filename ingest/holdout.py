@@ -34,52 +34,86 @@ class Split:
         held_out: the cases to score; with no row where nothing is held out.
         indices: (h,) int64, their indices; those of a second pair follow on the manifest's own, so that an index
             names one case of the run.
-        copies: copies of listed cases, neither trained on nor scored.
+        left_out: other cases of held-out subjects, such as copies, neither trained on nor scored.
+        about: how many cases of how many subjects there are, and what names these.
     """
 
     train: Indices
     held_out: Manifest
     indices: Indices
-    copies: int = 0
+    left_out: int = 0
+    about: str = ""
 
 
-def split_by_fraction(manifest: Manifest, seed: int, fraction: float) -> Split:
+def split_by_fraction(manifest: Manifest, seed: int, fraction: float, pattern: str | None = None) -> Split:
     """Hold out a share of the subjects; see `plan.split_holdout`.
 
+    Args:
+        manifest: of all cases.
+        seed: which subjects are held out.
+        fraction: share of the subjects.
+        pattern: names the subject of a case id; see `subjects.subjects_of`.
+
     Raises:
-        ConfigError: nothing would be left to train on.
+        ConfigError: nothing would be left to train on, or the pattern names no subject in a case id.
     """
-    train, held_out = split_holdout(seed, manifest.subjects(), fraction)
-    return Split(train, part_of(manifest, held_out), held_out)
+    subjects = manifest.subjects(pattern)
+    train, held_out = split_holdout(seed, subjects.numbers, fraction)
+    return Split(train, part_of(manifest, held_out), held_out, about=str(subjects))
 
 
-def split_by_list(manifest: Manifest, names: Sequence[str], source: str) -> Split:
-    """Hold out the listed cases; copies of them (`prepare --copies`) are not trained on either, nor scored.
+def split_by_list(manifest: Manifest, names: Sequence[str], source: str, pattern: str | None = None) -> Split:
+    """Hold out the listed cases; other cases of their subjects are not trained on either, nor scored.
 
     Args:
         manifest: of all cases.
         names: case ids; see `pick_cases`.
         source: where the list is from, for messages.
+        pattern: names the subject of a case id; see `subjects.subjects_of`.
 
     Raises:
-        ConfigError: a listed case is not in the manifest, or nothing would be left to train on.
+        ConfigError: a listed case is not in the manifest, nothing would be left to train on, or the pattern names no
+            subject in a case id.
     """
     held_out = pick_cases(manifest, names, source)
-    subjects = manifest.subjects()
-    kept_out = np.isin(subjects, subjects[held_out])
+    subjects = manifest.subjects(pattern)
+    numbers = subjects.numbers
+    kept_out = np.isin(numbers, numbers[held_out])
     train = np.flatnonzero(~kept_out)
     if len(train) == 0:
         raise ConfigError(
             f"{source}: expected cases to train on beside the {len(held_out)} listed ones, found none in "
-            f"{manifest.images_uri}; shorten the list or add cases"
+            f"{manifest.images_uri}, which has {subjects}; shorten the list or add cases"
         )
-    return Split(train, part_of(manifest, held_out), held_out, int(kept_out.sum()) - len(held_out))
+    return Split(train, part_of(manifest, held_out), held_out, int(kept_out.sum()) - len(held_out), str(subjects))
 
 
-def split_by_second(manifest: Manifest, second: Manifest) -> Split:
-    """Train on every case of one manifest, and score every case of another."""
+def split_by_second(manifest: Manifest, second: Manifest, pattern: str | None = None) -> Split:
+    """Train on the cases of one manifest, and score every case of another.
+
+    Subjects that BIDS or the pattern names in both are not trained on. A case that neither names is trained on even
+    where the other manifest has its id too, since `case_00001` of two data sets need not be one subject.
+
+    Args:
+        manifest: of the cases to train on.
+        second: of the cases to score.
+        pattern: names the subject of a case id; see `subjects.subjects_of`.
+
+    Raises:
+        ConfigError: nothing would be left to train on, or the pattern names no subject in a case id.
+    """
     total = len(manifest)
-    return Split(np.arange(total), second, np.arange(total, total + len(second)))
+    subjects, scored = manifest.subjects(pattern), second.subjects(pattern)
+    both = pc.is_in(subjects.names, value_set=scored.names.filter(pa.array(scored.named)))
+    kept_out = both.to_numpy(zero_copy_only=False) & subjects.named
+    train = np.flatnonzero(~kept_out)
+    if len(train) == 0:
+        raise ConfigError(
+            f"expected cases to train on in {manifest.images_uri} of other subjects than {second.images_uri} has, "
+            f"found none: all {subjects} are in both; if equal names are other people there, give --data.subject-pattern ''"
+        )
+    indices = np.arange(total, total + len(second))
+    return Split(train, second, indices, int(kept_out.sum()), str(subjects))
 
 
 def pick_cases(manifest: Manifest, names: Sequence[str], source: str) -> Indices:

@@ -134,9 +134,10 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         )
         trainer = recipe.trainer
         batch = f"{trainer.accumulate} x {trainer.batch_size}" if trainer.accumulate > 1 else f"{trainer.batch_size}"
-        copies = f", {split.copies} copies of held-out ones left out" if split.copies else ""
+        others = f", {split.left_out} other cases of held-out subjects left out" if split.left_out else ""
+        console.print(split.about)
         console.print(
-            f"{len(train)} cases to train on, {len(held_out)} held out{copies}; {recipe.trainer.num_workers} "
+            f"{len(train)} cases to train on, {len(held_out)} held out{others}; {recipe.trainer.num_workers} "
             f"{'GPU' if use_gpu else 'CPU'} ranks of batch {batch}; run folder {run_dir}"
         )
         if resumed:
