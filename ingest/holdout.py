@@ -45,6 +45,30 @@ class Split:
     about: str = ""
 
 
+def check_ways(holdout_cases: str | None, eval_images: str, eval_labels: str, subject_pattern: str | None) -> None:
+    """Hold the settings of `DataConfig` that say what is held out against each other.
+
+    Raises:
+        ConfigError: two ways are given, half of one, or a pattern that is no regular expression.
+    """
+    try:
+        re.compile(subject_pattern or "")
+    except re.error as error:
+        raise ConfigError(
+            f"data.subject_pattern must be a regular expression; got {subject_pattern!r} ({error})"
+        ) from error
+    if bool(eval_images) != bool(eval_labels):
+        raise ConfigError(
+            f"expected data.eval_images and data.eval_labels together, found {eval_images!r} and {eval_labels!r}; give "
+            "both or neither"
+        )
+    if eval_images and holdout_cases:
+        raise ConfigError(
+            f"expected one way to hold cases out, found the list {holdout_cases} and the second pair of URIs "
+            f"{eval_images}; give one of them"
+        )
+
+
 def split_by_fraction(manifest: Manifest, seed: int, fraction: float, pattern: str | None = None) -> Split:
     """Hold out a share of the subjects; see `plan.split_holdout`.
 
@@ -110,7 +134,8 @@ def split_by_second(manifest: Manifest, second: Manifest, pattern: str | None = 
     if len(train) == 0:
         raise ConfigError(
             f"expected cases to train on in {manifest.images_uri} of other subjects than {second.images_uri} has, "
-            f"found none: all {subjects} are in both; if equal names are other people there, give --data.subject-pattern ''"
+            f"found none: all {subjects} are in both; if equal names are other people there, give "
+            "--data.subject-pattern ''"
         )
     indices = np.arange(total, total + len(second))
     return Split(train, second, indices, int(kept_out.sum()), str(subjects))

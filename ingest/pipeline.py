@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ from .decode import DecodeConfig, decode_case
 from .errors import ConfigError, DecodeError
 from .execution import execution_options, made_with
 from .fetch import FetchConfig
+from .holdout import check_ways
 from .layout import read_boxes
 from .manifest import Manifest
 from .pairing import PairingConfig
@@ -96,22 +96,7 @@ class DataConfig:
             raise ConfigError(f"data.seed must be from 0 to 2**63 - 1; got {self.seed}")
         if not 0 <= self.holdout_fraction < 1:
             raise ConfigError(f"data.holdout_fraction must be from 0 to below 1; got {self.holdout_fraction}")
-        try:
-            re.compile(self.subject_pattern or "")
-        except re.error as error:
-            raise ConfigError(
-                f"data.subject_pattern must be a regular expression; got {self.subject_pattern!r} ({error})"
-            ) from error
-        if bool(self.eval_images) != bool(self.eval_labels):
-            raise ConfigError(
-                f"expected data.eval_images and data.eval_labels together, found {self.eval_images!r} and "
-                f"{self.eval_labels!r}; give both or neither"
-            )
-        if self.eval_images and self.holdout_cases:
-            raise ConfigError(
-                f"expected one way to hold cases out, found the list {self.holdout_cases} and the second pair of URIs "
-                f"{self.eval_images}; give one of them"
-            )
+        check_ways(self.holdout_cases, self.eval_images, self.eval_labels, self.subject_pattern)
         if self.blocks_in_flight is not None and self.blocks_in_flight < 1:
             raise ConfigError(f"data.blocks_in_flight must be 1 or more; got {self.blocks_in_flight}")
         if self.task_cpus <= 0:

@@ -30,7 +30,8 @@ class TrainerConfig:
     Train's ScalingConfig. It trains on nodes that have them."""
 
     use_gpu: bool | None = None
-    """Whether each rank takes a GPU; None takes one where the cluster has enough of them."""
+    """Whether each rank takes a GPU; None takes one where the cluster has any, and there must then be enough.
+    With check_resources False, None is refused on a cluster without a GPU: more may come."""
 
     batch_size: int = 32
     """Samples that a rank puts through the network at once."""

@@ -40,7 +40,7 @@ from .holdout import Holdout, RankData, save_held_out, split_of
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
-from .nodes import alive_nodes, check_visible, with_readers
+from .nodes import alive_nodes, check_visible, gpus_of_machine, with_readers
 from .planned import datasets_of, most_together
 from .report import epoch_table
 from .run_folder import RECIPE_FILE, checks_of_run_dir, resolve_run_dir
@@ -243,6 +243,7 @@ def check_early(recipe: Recipe) -> None:
         ConfigError: there are too few.
     """
     if not os.environ.get("RAY_ADDRESS"):
+        preflight.check_gpus(recipe, gpus_of_machine())
         preflight.check_cpus(recipe, os.cpu_count() or 1)  # a Ray that starts here has no more
     elif not recipe.data.images and not recipe.data.manifest and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         # A look at the cluster: the connection of the run itself has to wait for the server's port. `submit` has asked.
