@@ -111,6 +111,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         for data in (recipe.data, held_out_data):
             composed += [data.images, data.labels] if data.store.transport == "compose" else []
         preflight.check_amount(recipe, len(train), len(held_out))
+        preflight.check_foreground(manifest)
         preflight.check_smallest(recipe, manifest)
         check_visible(recipe, [manifest, held_out], run_dir, nodes)
         if not resumed:

@@ -122,6 +122,21 @@ def check_amount(recipe: Recipe, train_cases: int, held_out: int) -> None:
         )
 
 
+def check_foreground(manifest: Manifest) -> None:
+    """Refuse a data set of which the manifest knows that every label is empty (`ingest index --boxes`); reads nothing.
+
+    Without boxes the labels are first looked at when they are scored: `validate.merge` refuses them there.
+    """
+    table = manifest.table
+    if "boxes" not in table.column_names or not len(manifest) or table["boxes"].null_count:
+        return
+    if not any(table["boxes"].to_pylist()):
+        raise ConfigError(
+            f"expected foreground in a label at least, found only background in all {len(manifest)} labels of "
+            f"{manifest.labels_uri}; check the labels' values, and that --data.labels names the right place"
+        )
+
+
 def check_smallest(recipe: Recipe, manifest: Manifest) -> None:
     """The smallest image must hold a patch; it is found by its bytes, and one object is read."""
     sizes = manifest.table["image_bytes"].to_numpy()

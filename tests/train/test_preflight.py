@@ -1,5 +1,6 @@
 """What would go wrong later is said before anything starts, with the numbers that decide it."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -14,6 +15,7 @@ import pytest
 import train
 from ingest.crop import CropConfig
 from ingest.errors import ConfigError
+from ingest.layout import Known, Layout
 from ingest.manifest import Manifest
 from ingest.pairing import Case
 from ingest.stores import ObjectMeta, open_store
@@ -171,3 +173,13 @@ def test_scoring_without_held_out_cases_is_refused():
     with pytest.raises(ConfigError, match="expected held-out cases to score"):
         preflight.check_amount(DEMO, 100, 0)
     preflight.check_amount(with_trainer(evaluate_every=0), 100, 0)
+
+
+@pytest.mark.parametrize(("boxes", "empty"), [([(), ()], True), ([(), ((((0, 1), (0, 1), (0, 1)),),)], False)])
+def test_a_data_set_whose_known_labels_are_all_empty_is_refused_at_the_start(boxes, empty):
+    cases = [Case(name, ObjectMeta(f"{name}_x.npy", 10), ObjectMeta(f"{name}_y.npy", 5)) for name in "ab"]
+    manifest = Manifest.from_cases(cases, images_uri="/i/", labels_uri="/l/")
+    preflight.check_foreground(manifest)  # nothing is known yet
+    known = manifest.with_known([Known(Layout(128, 128, (8, 8, 8)), found) for found in boxes])
+    with pytest.raises(ConfigError, match="only background in all 2 labels") if empty else contextlib.nullcontext():
+        preflight.check_foreground(known)
