@@ -158,7 +158,7 @@ def measure_plan(*, cases: int, seed: int) -> dict[str, Any]:
         load_s, _ = timed(lambda: Manifest.load(uri))
     forget_peak()
     before_bytes = rss_bytes()
-    holdout_s, (candidates, _) = timed(lambda: split_holdout(seed, manifest.subjects(), 0.1))
+    holdout_s, (candidates, _) = timed(lambda: split_holdout(seed, manifest.subjects().numbers, 0.1))
     data = DataConfig(seed=seed, crop=CropConfig(patch=(32, 32, 32)))
     planner = planner_of(manifest, data, candidates, ranks=2)
     epochs = range(epochs_together(manifest.case_bytes()[candidates], data.shards))

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ConfigError, MissingDependencyError, PlaceNotFoundError
-from .manifest import COPY_PATTERN
 from .names import same_form
 from .stores.base import ObjectMeta, StoreConfig, open_store
+from .subjects import COPY_PATTERN
 
 FOLDER = "geometry/"
 

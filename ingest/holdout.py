@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import posixpath
+import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +22,7 @@ SHIPPED = {"kits19-mlperf": "kits19-mlperf-cases.txt"}
 """Lists that come with voxflux, by the name that stands for them."""
 
 SHOWN = 3
+COMMENT = re.compile(r"(^|\s)#.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,52 +34,111 @@ class Split:
         held_out: the cases to score; with no row where nothing is held out.
         indices: (h,) int64, their indices; those of a second pair follow on the manifest's own, so that an index
             names one case of the run.
-        copies: copies of listed cases, neither trained on nor scored.
+        left_out: other cases of held-out subjects, such as copies, neither trained on nor scored.
+        about: how many cases of how many subjects there are, and what names these.
     """
 
     train: Indices
     held_out: Manifest
     indices: Indices
-    copies: int = 0
+    left_out: int = 0
+    about: str = ""
 
 
-def split_by_fraction(manifest: Manifest, seed: int, fraction: float) -> Split:
-    """Hold out a share of the subjects; see `plan.split_holdout`.
+def check_ways(holdout_cases: str | None, eval_images: str, eval_labels: str, subject_pattern: str | None) -> None:
+    """Hold the settings of `DataConfig` that say what is held out against each other.
 
     Raises:
-        ConfigError: nothing would be left to train on.
+        ConfigError: two ways are given, half of one, or a pattern that is no regular expression.
     """
-    train, held_out = split_holdout(seed, manifest.subjects(), fraction)
-    return Split(train, part_of(manifest, held_out), held_out)
+    try:
+        re.compile(subject_pattern or "")
+    except re.error as error:
+        raise ConfigError(
+            f"data.subject_pattern must be a regular expression; got {subject_pattern!r} ({error})"
+        ) from error
+    if bool(eval_images) != bool(eval_labels):
+        raise ConfigError(
+            f"expected data.eval_images and data.eval_labels together, found {eval_images!r} and {eval_labels!r}; give "
+            "both or neither"
+        )
+    if eval_images and holdout_cases:
+        raise ConfigError(
+            f"expected one way to hold cases out, found the list {holdout_cases} and the second pair of URIs "
+            f"{eval_images}; give one of them"
+        )
 
 
-def split_by_list(manifest: Manifest, names: Sequence[str], source: str) -> Split:
-    """Hold out the listed cases; copies of them (`prepare --copies`) are not trained on either, nor scored.
+def split_by_fraction(manifest: Manifest, seed: int, fraction: float, pattern: str | None = None) -> Split:
+    """Hold out a share of the subjects; see `plan.split_holdout`.
+
+    Args:
+        manifest: of all cases.
+        seed: which subjects are held out.
+        fraction: share of the subjects.
+        pattern: names the subject of a case id; see `subjects.subjects_of`.
+
+    Raises:
+        ConfigError: nothing would be left to train on, or the pattern names no subject in a case id.
+    """
+    subjects = manifest.subjects(pattern)
+    train, held_out = split_holdout(seed, subjects.numbers, fraction)
+    return Split(train, part_of(manifest, held_out), held_out, about=str(subjects))
+
+
+def split_by_list(manifest: Manifest, names: Sequence[str], source: str, pattern: str | None = None) -> Split:
+    """Hold out the listed cases; other cases of their subjects are not trained on either, nor scored.
 
     Args:
         manifest: of all cases.
         names: case ids; see `pick_cases`.
         source: where the list is from, for messages.
+        pattern: names the subject of a case id; see `subjects.subjects_of`.
 
     Raises:
-        ConfigError: a listed case is not in the manifest, or nothing would be left to train on.
+        ConfigError: a listed case is not in the manifest, nothing would be left to train on, or the pattern names no
+            subject in a case id.
     """
     held_out = pick_cases(manifest, names, source)
-    subjects = manifest.subjects()
-    kept_out = np.isin(subjects, subjects[held_out])
+    subjects = manifest.subjects(pattern)
+    numbers = subjects.numbers
+    kept_out = np.isin(numbers, numbers[held_out])
     train = np.flatnonzero(~kept_out)
     if len(train) == 0:
         raise ConfigError(
             f"{source}: expected cases to train on beside the {len(held_out)} listed ones, found none in "
-            f"{manifest.images_uri}; shorten the list or add cases"
+            f"{manifest.images_uri}, which has {subjects}; shorten the list or add cases"
         )
-    return Split(train, part_of(manifest, held_out), held_out, int(kept_out.sum()) - len(held_out))
+    return Split(train, part_of(manifest, held_out), held_out, int(kept_out.sum()) - len(held_out), str(subjects))
 
 
-def split_by_second(manifest: Manifest, second: Manifest) -> Split:
-    """Train on every case of one manifest, and score every case of another."""
+def split_by_second(manifest: Manifest, second: Manifest, pattern: str | None = None) -> Split:
+    """Train on the cases of one manifest, and score every case of another.
+
+    Subjects that BIDS or the pattern names in both are not trained on. A case that neither names is trained on even
+    where the other manifest has its id too, since `case_00001` of two data sets need not be one subject.
+
+    Args:
+        manifest: of the cases to train on.
+        second: of the cases to score.
+        pattern: names the subject of a case id; see `subjects.subjects_of`.
+
+    Raises:
+        ConfigError: nothing would be left to train on, or the pattern names no subject in a case id.
+    """
     total = len(manifest)
-    return Split(np.arange(total), second, np.arange(total, total + len(second)))
+    subjects, scored = manifest.subjects(pattern), second.subjects(pattern)
+    both = pc.is_in(subjects.names, value_set=scored.names.filter(pa.array(scored.named)))
+    kept_out = both.to_numpy(zero_copy_only=False) & subjects.named
+    train = np.flatnonzero(~kept_out)
+    if len(train) == 0:
+        raise ConfigError(
+            f"expected cases to train on in {manifest.images_uri} of other subjects than {second.images_uri} has, "
+            f"found none: all {subjects} are in both; if equal names are other people there, give "
+            "--data.subject-pattern ''"
+        )
+    indices = np.arange(total, total + len(second))
+    return Split(train, second, indices, int(kept_out.sum()), str(subjects))
 
 
 def pick_cases(manifest: Manifest, names: Sequence[str], source: str) -> Indices:
@@ -84,7 +146,8 @@ def pick_cases(manifest: Manifest, names: Sequence[str], source: str) -> Indices
 
     Args:
         manifest: of all cases.
-        names: case ids; bare numbers, as MLPerf's own list has them, stand for `case_NUMBER`.
+        names: case ids, in any Unicode form; a bare number, as MLPerf's own list has them, stands for `case_NUMBER`
+            where no case is named by the number itself.
         source: where the list is from, for messages.
 
     Raises:
@@ -93,9 +156,14 @@ def pick_cases(manifest: Manifest, names: Sequence[str], source: str) -> Indices
     if not names:
         raise ConfigError(f"{source}: expected case ids, one a line, found none; list the cases to hold out")
     ids = manifest.table["case_id"]
-    wanted = list(dict.fromkeys(f"case_{name}" if name.isdigit() else name for name in names))
-    found = pc.index_in(pa.array(wanted, pa.string()), value_set=ids.combine_chunks())
-    missing = [name for name, index in zip(wanted, found.to_pylist(), strict=True) if index is None]
+    value_set = pc.utf8_normalize(ids.combine_chunks(), form="NFC")
+    given = list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in names))
+    by_number = [f"case_{name}" if name.isdigit() else name for name in given]
+    found = pc.coalesce(
+        *(pc.index_in(pa.array(spelt, pa.string()), value_set=value_set) for spelt in (given, by_number))
+    )
+    wanted = list(dict.fromkeys(by_number))
+    missing = [name for name, index in zip(by_number, found.to_pylist(), strict=True) if index is None]
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise ConfigError(
@@ -103,7 +171,8 @@ def pick_cases(manifest: Manifest, names: Sequence[str], source: str) -> Indices
             f"among the {len(manifest)} there: {', '.join(missing[:SHOWN])}{more} (there: {ids[0].as_py()}, …); "
             "upload them, or take them off the list"
         )
-    return np.sort(found.to_numpy().astype(np.int64))
+    indices: Indices = np.unique(found.to_numpy().astype(np.int64))
+    return indices
 
 
 def part_of(manifest: Manifest, indices: Indices) -> Manifest:
@@ -112,7 +181,9 @@ def part_of(manifest: Manifest, indices: Indices) -> Manifest:
 
 
 def read_case_list(source: str, store: StoreConfig | None = None) -> list[str]:
-    """Case ids from a text file: one a line; empty lines and what follows a # are passed over.
+    """Case ids from a text file: one a line; empty lines and comments are passed over.
+
+    A comment begins with a # at the start of a line or after a space: a case id may contain one.
 
     Args:
         source: a path or URI, or the name of a list in `SHIPPED`.
@@ -139,5 +210,5 @@ def read_case_list(source: str, store: StoreConfig | None = None) -> list[str]:
             text = opened.fetch([entry])[0].decode()
         except UnicodeDecodeError as error:
             raise ConfigError(f"{source}: expected case ids, one a line, found no text ({error}); check it") from error
-    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    lines = (COMMENT.sub("", line).strip() for line in text.splitlines())
     return [line for line in lines if line]

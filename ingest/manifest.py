@@ -22,11 +22,11 @@ from .errors import ManifestError, ObjectError, StoreError
 from .layout import Known
 from .pairing import Case
 from .stores.base import ObjectMeta, StoreConfig, open_store
+from .subjects import Subjects, subjects_of
 
 FORMAT = "voxflux-manifest"
 FORMAT_VERSION = 1
 SEAL = b"voxflux-crc32c:"
-COPY_PATTERN = r"_copy_\d{5}$"  # what `python -m ingest prepare --copies` adds to a case's key
 
 SCHEMA = pa.schema(
     [
@@ -103,11 +103,9 @@ class Manifest:
         sizes: npt.NDArray[np.int64] = self.table["image_bytes"].to_numpy() + self.table["label_bytes"].to_numpy()
         return sizes
 
-    def subjects(self) -> npt.NDArray[np.int64]:
-        """For each case the number of its subject, (N,) int64: `prepare --copies` makes several cases of one."""
-        ids = pc.replace_substring_regex(self.table["case_id"].combine_chunks(), COPY_PATTERN, "")
-        numbers: npt.NDArray[np.int64] = ids.dictionary_encode().indices.to_numpy().astype(np.int64)
-        return numbers
+    def subjects(self, pattern: str | None = None) -> Subjects:
+        """The subject of each case, by index; see `subjects.subjects_of`."""
+        return subjects_of(self.table["case_id"].combine_chunks(), pattern)
 
     def id_bytes(self) -> tuple[int, int]:
         """Bytes of the shortest and of the longest case id."""

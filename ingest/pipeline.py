@@ -23,6 +23,7 @@ from .decode import DecodeConfig, decode_case
 from .errors import ConfigError, DecodeError
 from .execution import execution_options, made_with
 from .fetch import FetchConfig
+from .holdout import check_ways
 from .layout import read_boxes
 from .manifest import Manifest
 from .pairing import PairingConfig
@@ -54,12 +55,17 @@ class DataConfig:
     holdout_fraction: float = 0.1
     """Share of the subjects that is kept from training, to validate on; copies of a case stay together."""
 
+    subject_pattern: str | None = None
+    """Regular expression that finds the subject in a case id: its first group, or the whole match. Cases of a subject
+    are held out together. None takes BIDS's `sub-*` where an id has it, and each other case as a subject of its own;
+    '' always the latter."""
+
     holdout_cases: str | None = None
     """Instead of a share: a file of case ids, one a line (a path or URI), or `kits19-mlperf`, the 42 that
     MLPerf Inference names."""
 
     eval_images: str = ""
-    """Instead of a share: URI of other images, to validate on; all of `images` is then trained on."""
+    """Instead of a share: URI of other images, to validate on; of `images` all other subjects are then trained on."""
 
     eval_labels: str = ""
     """URI of their labels."""
@@ -90,16 +96,7 @@ class DataConfig:
             raise ConfigError(f"data.seed must be from 0 to 2**63 - 1; got {self.seed}")
         if not 0 <= self.holdout_fraction < 1:
             raise ConfigError(f"data.holdout_fraction must be from 0 to below 1; got {self.holdout_fraction}")
-        if bool(self.eval_images) != bool(self.eval_labels):
-            raise ConfigError(
-                f"expected data.eval_images and data.eval_labels together, found {self.eval_images!r} and "
-                f"{self.eval_labels!r}; give both or neither"
-            )
-        if self.eval_images and self.holdout_cases:
-            raise ConfigError(
-                f"expected one way to hold cases out, found the list {self.holdout_cases} and the second pair of URIs "
-                f"{self.eval_images}; give one of them"
-            )
+        check_ways(self.holdout_cases, self.eval_images, self.eval_labels, self.subject_pattern)
         if self.blocks_in_flight is not None and self.blocks_in_flight < 1:
             raise ConfigError(f"data.blocks_in_flight must be 1 or more; got {self.blocks_in_flight}")
         if self.task_cpus <= 0:
@@ -165,7 +162,9 @@ def training_dataset(
             f"executions of {max(map(len, executions or ()))} epochs; read one at a time, or without a quarantine"
         )
     if candidates is None:
-        candidates, _ = split_holdout(config.seed, manifest.subjects(), config.holdout_fraction)
+        candidates, _ = split_holdout(
+            config.seed, manifest.subjects(config.subject_pattern).numbers, config.holdout_fraction
+        )
     if executions is not None:
         if not executions or not all(executions) or first_epoch:
             raise ConfigError(

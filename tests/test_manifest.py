@@ -57,7 +57,7 @@ def test_rows_are_taken_in_the_order_asked():
 
 def test_copies_of_a_case_are_one_subject():
     names = ["case_00000", "case_00000_copy_00001", "case_00001", "case_00001_copy_00001", "case_00001_copy_00002", "x"]
-    assert manifest(*names).subjects().tolist() == [0, 0, 1, 1, 1, 2]
+    assert manifest(*names).subjects().numbers.tolist() == [0, 0, 1, 1, 1, 2]
 
 
 def parquet(table: pa.Table, about: object = None) -> bytes:

@@ -30,7 +30,8 @@ class TrainerConfig:
     Train's ScalingConfig. It trains on nodes that have them."""
 
     use_gpu: bool | None = None
-    """Whether each rank takes a GPU; None takes one where the cluster has enough of them."""
+    """Whether each rank takes a GPU; None takes one where the cluster has any, and there must then be enough.
+    With check_resources False, None is refused on a cluster without a GPU: more may come."""
 
     batch_size: int = 32
     """Samples that a rank puts through the network at once."""
@@ -52,8 +53,8 @@ class TrainerConfig:
     """Mean Dice of the held-out cases at which the run ends, with whole epochs; None trains all of `epochs`."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the forward pass: autocast to bf16, or to fp16 with a loss scale, or none; auto is bf16 on GPUs that have it,
-    fp32 elsewhere."""
+    """Of the forward pass: autocast to bf16, or to fp16 with a loss scale, or none; auto is bf16 on GPUs that have it
+    (compute capability 8.0 or more), fp16 on other GPUs, and fp32 on CPUs."""
 
     compile: bool = False
     """Put the network through torch.compile: a slow first step, and faster ones after it on most GPUs."""

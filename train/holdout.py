@@ -88,17 +88,18 @@ def split_of(data: DataConfig, manifest: Manifest, run_dir: str | None = None) -
             None for a new run.
 
     Raises:
-        ConfigError: a listed case is not in the manifest, or nothing would be left to train on.
+        ConfigError: a listed case is not in the manifest, nothing would be left to train on, or the subject pattern
+            names no subject in a case id.
         IngestError: the second pair of URIs cannot be listed or paired.
     """
     if not data.holdout_cases and not data.eval_images:
-        return split_by_fraction(manifest, data.seed, data.holdout_fraction)
+        return split_by_fraction(manifest, data.seed, data.holdout_fraction, data.subject_pattern)
     saved = None if run_dir is None else load_held_out(run_dir)
     if data.holdout_cases:
         names = read_case_list(data.holdout_cases, data.store) if saved is None else saved.table["case_id"].to_pylist()
-        return split_by_list(manifest, names, data.holdout_cases)
+        return split_by_list(manifest, names, data.holdout_cases, data.subject_pattern)
     second = saved or index_cases(data.eval_images, data.eval_labels, data.store, data.pairing).manifest
-    return split_by_second(manifest, second)
+    return split_by_second(manifest, second, data.subject_pattern)
 
 
 def save_held_out(run_dir: str, split: Split) -> None:

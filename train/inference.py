@@ -113,7 +113,9 @@ def evaluate(config: EvaluateConfig, console: Console) -> Scores:
     with connected_ray():
         volumes = case_volumes(cases, np.arange(len(cases)), data)
         rows = infer(volumes, Scorer, config.workers, trained, data=data)
-    scores = merge([[CaseScore(row["index"], row["case_id"], list(row["dice"])) for row in rows]], len(cases))
+    scores = merge(
+        [[CaseScore(row["index"], row["case_id"], list(row["dice"]), list(row["present"])) for row in rows]], len(cases)
+    )
     if config.output is not None:
         _put(config.output, to_parquet(scores.by_case), store)
     return scores
@@ -172,11 +174,25 @@ def scores_table(scores: Scores) -> Table:
     for number in range(len(scores.by_class)):
         table.add_column(f"class {number + 1}", justify="right")
     table.add_column("mean", justify="right")
+    table.add_column("mean of present", justify="right")
     for score in scores.by_case:
-        table.add_row(score.case_id, *(f"{value:.4f}" for value in score.dice), f"{score.mean_dice:.4f}")
+        present = "empty label" if score.mean_dice_present is None else f"{score.mean_dice_present:.4f}"
+        table.add_row(score.case_id, *(f"{value:.4f}" for value in score.dice), f"{score.mean_dice:.4f}", present)
     table.add_section()
-    table.add_row("mean", *(f"{value:.4f}" for value in scores.by_class), f"{scores.mean_dice:.4f}")
+    table.add_row("mean", *(f"{value:.4f}" for value in scores.by_class), f"{scores.mean_dice:.4f}", _four(scores))
     return table
+
+
+def absent_classes(scores: Scores) -> str:
+    """How absent classes count, and the mean without them."""
+    return (
+        "a class absent from a label scores 1 if it is not predicted either, and 0 otherwise; over the classes "
+        f"present, mean Dice is {_four(scores)}; {scores.empty} of {scores.cases} cases have an empty label"
+    )
+
+
+def _four(scores: Scores) -> str:
+    return "-" if scores.mean_dice_present is None else f"{scores.mean_dice_present:.4f}"
 
 
 def evaluate_command(arguments: list[str]) -> int:
@@ -187,6 +203,7 @@ def evaluate_command(arguments: list[str]) -> int:
     console.print(scores_table(scores))
     # All digits: the number can be held against mean_dice in metrics.json.
     console.print(f"mean Dice on {scores.cases} cases: {scores.mean_dice!r}")
+    console.print(absent_classes(scores))
     if config.output is not None:
         console.print(f"scores: {config.output}")
     return 0

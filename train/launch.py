@@ -40,7 +40,7 @@ from .holdout import Holdout, RankData, save_held_out, split_of
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
-from .nodes import alive_nodes, check_visible, with_readers
+from .nodes import alive_nodes, check_visible, gpus_of_machine, with_readers
 from .planned import datasets_of, most_together
 from .report import epoch_table
 from .run_folder import RECIPE_FILE, checks_of_run_dir, resolve_run_dir
@@ -111,6 +111,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         for data in (recipe.data, held_out_data):
             composed += [data.images, data.labels] if data.store.transport == "compose" else []
         preflight.check_amount(recipe, len(train), len(held_out))
+        preflight.check_foreground(manifest)
         preflight.check_smallest(recipe, manifest)
         check_visible(recipe, [manifest, held_out], run_dir, nodes)
         if not resumed:
@@ -134,9 +135,10 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         )
         trainer = recipe.trainer
         batch = f"{trainer.accumulate} x {trainer.batch_size}" if trainer.accumulate > 1 else f"{trainer.batch_size}"
-        copies = f", {split.copies} copies of held-out ones left out" if split.copies else ""
+        others = f", {split.left_out} other cases of held-out subjects left out" if split.left_out else ""
+        console.print(split.about)
         console.print(
-            f"{len(train)} cases to train on, {len(held_out)} held out{copies}; {recipe.trainer.num_workers} "
+            f"{len(train)} cases to train on, {len(held_out)} held out{others}; {recipe.trainer.num_workers} "
             f"{'GPU' if use_gpu else 'CPU'} ranks of batch {batch}; run folder {run_dir}"
         )
         if resumed:
@@ -242,6 +244,7 @@ def check_early(recipe: Recipe) -> None:
         ConfigError: there are too few.
     """
     if not os.environ.get("RAY_ADDRESS"):
+        preflight.check_gpus(recipe, gpus_of_machine())
         preflight.check_cpus(recipe, os.cpu_count() or 1)  # a Ray that starts here has no more
     elif not recipe.data.images and not recipe.data.manifest and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         # A look at the cluster: the connection of the run itself has to wait for the server's port. `submit` has asked.

@@ -275,6 +275,7 @@ class RankLoop:
             if self.rank == 0:
                 save_scores(self.job.run_dir, epoch, scores)
             row |= {"mean_dice": scores.mean_dice, "dice_by_class": scores.by_class, "scored": scores.cases}
+            row["mean_dice_present"] = scores.mean_dice_present
             row["evaluate_s"] = time.perf_counter() - before_s
         goes_on = reached([row], trainer.quality_threshold, epoch + 1) is None
         if goes_on:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ray
+from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ingest.errors import ConfigError
@@ -59,6 +60,16 @@ def alive_nodes() -> list[Node]:
         for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"]
     ]
+
+
+def gpus_of_machine() -> float:
+    """GPUs that a Ray that starts on this machine would have."""
+    manager = get_accelerator_manager_for_resource("GPU")
+    if manager is None:
+        return 0.0
+    visible = manager.get_current_process_visible_accelerator_ids()
+    there = manager.get_current_node_num_accelerators()
+    return float(there if visible is None else min(there, len(visible)))
 
 
 def with_readers(recipe: Recipe, nodes: Sequence[Node]) -> Recipe:

@@ -62,15 +62,48 @@ def check_cpus(recipe: Recipe, cpus: float) -> None:
 
 
 def check_gpus(recipe: Recipe, gpus: float) -> bool:
-    """Whether each rank takes a GPU."""
-    if recipe.trainer.use_gpu is None:
-        return gpus >= recipe.trainer.num_workers
-    if recipe.trainer.use_gpu and gpus < recipe.trainer.num_workers:
+    """Whether each rank takes a GPU.
+
+    Args:
+        recipe: the run.
+        gpus: of the whole cluster, now. A cluster that is still starting has fewer than it will have, so some GPUs but
+            too few never mean CPUs.
+
+    Raises:
+        ConfigError: there are too few GPUs for ranks that take one, or some but too few where `use_gpu` is None.
+    """
+    wanted, ranks = recipe.trainer.use_gpu, recipe.trainer.num_workers
+    if wanted is False or (wanted is None and gpus == 0):
+        return False
+    if gpus < ranks:
+        fewer = f"--trainer.num-workers {int(gpus)} takes those that are there; " if gpus >= 1 else ""
         raise ConfigError(
-            f"expected a GPU for each of {recipe.trainer.num_workers} ranks, found {gpus:g} in the cluster; "
-            "lower --trainer.num-workers, add GPU nodes, or leave --trainer.use-gpu out to train on CPUs"
+            f"expected a GPU for each of {ranks} ranks, found {gpus:g} in the cluster; add GPU nodes, or wait until "
+            f"they have joined; {fewer}--trainer.use-gpu False trains on CPUs; --trainer.check-resources False with "
+            "--trainer.use-gpu True has the run wait for GPUs"
         )
-    return recipe.trainer.use_gpu
+    return True
+
+
+def gpus_unchecked(recipe: Recipe, gpus: float) -> bool:
+    """Whether each rank takes a GPU where resources are not checked: whether it asks for one and waits.
+
+    Args:
+        recipe: the run.
+        gpus: of the whole cluster, now. A single one means GPUs, since more may come.
+
+    Raises:
+        ConfigError: `use_gpu` is None and there is no GPU, from which nothing follows for a cluster that grows.
+    """
+    if recipe.trainer.use_gpu is not None:
+        return recipe.trainer.use_gpu
+    if gpus == 0:
+        raise ConfigError(
+            "expected --trainer.use-gpu True or False beside --trainer.check-resources False (submit --no-check), "
+            "since a cluster that grows on demand may have GPUs later, found neither, and no GPU now; give True to "
+            "wait for GPUs, or False to train on CPUs"
+        )
+    return True
 
 
 def check_amount(recipe: Recipe, train_cases: int, held_out: int) -> None:
@@ -86,6 +119,21 @@ def check_amount(recipe: Recipe, train_cases: int, held_out: int) -> None:
             f"expected at least {wanted} training cases, one step of {recipe.trainer.step_batch} for each of "
             f"{recipe.trainer.num_workers} ranks, found {train_cases}; lower --trainer.batch-size or "
             "--trainer.accumulate, or add cases"
+        )
+
+
+def check_foreground(manifest: Manifest) -> None:
+    """Refuse a data set of which the manifest knows that every label is empty (`ingest index --boxes`); reads nothing.
+
+    Without boxes the labels are first looked at when they are scored: `validate.merge` refuses them there.
+    """
+    table = manifest.table
+    if "boxes" not in table.column_names or not len(manifest) or table["boxes"].null_count:
+        return
+    if not any(table["boxes"].to_pylist()):
+        raise ConfigError(
+            f"expected foreground in a label at least, found only background in all {len(manifest)} labels of "
+            f"{manifest.labels_uri}; check the labels' values, and that --data.labels names the right place"
         )
 
 
@@ -135,12 +183,12 @@ def check_cluster(recipe: Recipe, nodes: Sequence[Node]) -> bool:
     Those that another job holds count as missing: Ray would wait for them without a word and without end.
 
     Raises:
-        ConfigError: there are too few of them, too few where they are wanted, or too few free within FREE_WITHIN_S.
+        ConfigError: there are too few of them, too few free within FREE_WITHIN_S; or they are not checked, and
+            `use_gpu` has to be given (`gpus_unchecked`).
     """
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     if not recipe.trainer.check_resources:
-        wanted = recipe.trainer.use_gpu
-        return resources.get("GPU", 0.0) >= recipe.trainer.num_workers if wanted is None else wanted
+        return gpus_unchecked(recipe, resources.get("GPU", 0.0))
     check_cpus(recipe, resources.get("CPU", 0.0))
     use_gpu = check_gpus(recipe, resources.get("GPU", 0.0))
     check_readers(recipe, nodes, use_gpu=use_gpu)

@@ -58,7 +58,7 @@ KITS19_SMALL = Recipe(
     model=UNet3DConfig(norm="batchnorm"),
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.8, warmup_epochs=20),
     window=SlidingWindowConfig(roi=(32, 32, 32)),
-    trainer=TrainerConfig(num_workers=8, batch_size=32, epochs=100, evaluate_every=10),
+    trainer=TrainerConfig(num_workers=8, batch_size=32, epochs=100, evaluate_every=10, use_gpu=True),
 )
 
 # MLPerf Training's image segmentation: mlcommons/training, retired_benchmarks/unet3d/pytorch.
@@ -70,7 +70,13 @@ KITS19_MLPERF = Recipe(
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.8, warmup_epochs=200),
     window=SlidingWindowConfig(roi=(128, 128, 128)),
     trainer=TrainerConfig(
-        num_workers=8, batch_size=2, epochs=4000, evaluate_from=999, evaluate_every=20, quality_threshold=0.908
+        num_workers=8,
+        batch_size=2,
+        epochs=4000,
+        evaluate_from=999,
+        evaluate_every=20,
+        quality_threshold=0.908,
+        use_gpu=True,
     ),
 )
 

@@ -42,7 +42,7 @@ def checks_of_run_dir(recipe: Recipe, run_dir: str) -> bool:
                 f"expected the {part} of the run in {run_dir}, {getattr(before, part)}, found {getattr(recipe, part)}; "
                 "resume with the recipe and overrides that it was started with"
             )
-    held_out = ("holdout_fraction", "holdout_cases", "eval_images", "eval_labels")
+    held_out = ("holdout_fraction", "subject_pattern", "holdout_cases", "eval_images", "eval_labels")
     for field in ("seed", *held_out, "crop", "augment", "decode"):
         if getattr(before.data, field) != getattr(recipe.data, field):
             raise ConfigError(

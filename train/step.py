@@ -15,6 +15,8 @@ from .config import Recipe
 from .loss import DiceCELoss
 from .optimizer import make_optimizer, set_learning_rate
 
+BF16_CAPABILITY = (8, 0)
+
 
 class StepResult(NamedTuple):
     """What a step gave, on this rank.
@@ -147,7 +149,22 @@ def precision_on(recipe: Recipe, device: torch.device) -> str:
     wanted = recipe.trainer.precision
     if wanted != "auto":
         return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return precision_of(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+
+
+def precision_of(device_type: str, capability: tuple[int, int] | None) -> str:
+    """The precision that `auto` stands for.
+
+    Torch emulates bf16 on GPUs that lack it, and `torch.cuda.is_bf16_supported()` counts that as support. The compute
+    capability tells them apart: units for bf16 came with 8.0.
+
+    Args:
+        device_type: of the torch device, such as `cuda`.
+        capability: (major, minor) of a CUDA device; None of others.
+    """
+    if device_type != "cuda" or capability is None:
+        return "fp32"
+    return "bf16" if capability >= BF16_CAPABILITY else "fp16"
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -14,6 +14,7 @@ import ray.data
 import torch
 import torch.distributed
 
+from ingest.errors import ConfigError
 from ingest.pipeline import DataConfig
 from ingest.quarantine import Quarantine
 from ingest.stores import open_store
@@ -43,17 +44,31 @@ class CaseScore:
     Attributes:
         index: of the case in the run.
         case_id: its key.
-        dice: of classes 1 to K-1.
+        dice: of classes 1 to K-1. A class that is absent from the label scores 1 if it is not predicted either, and
+            about 0 if it is.
+        present: for each of these classes, whether the label has it.
     """
 
     index: int
     case_id: str
     dice: list[float]
+    present: list[bool]
 
     @property
     def mean_dice(self) -> float:
         """Over the foreground classes."""
         return float(np.mean(self.dice))
+
+    @property
+    def mean_dice_present(self) -> float | None:
+        """Over the classes that the label has; None where it has none."""
+        there = [dice for dice, present in zip(self.dice, self.present, strict=True) if present]
+        return float(np.mean(there)) if there else None
+
+    @property
+    def empty(self) -> bool:
+        """Whether the label has no foreground."""
+        return not any(self.present)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +90,21 @@ class Scores:
         """How many were scored."""
         return len(self.by_case)
 
+    @property
+    def empty(self) -> int:
+        """Cases whose label has no foreground."""
+        return sum(score.empty for score in self.by_case)
+
+    @property
+    def mean_dice_present(self) -> float | None:
+        """Mean over cases of the mean over the classes that a case's label has; cases with empty labels are left out.
+
+        None where every label is empty.
+        """
+        means = [score.mean_dice_present for score in self.by_case]
+        there = [mean for mean in means if mean is not None]
+        return float(np.mean(there)) if there else None
+
 
 def score_rows(
     network: torch.nn.Module,
@@ -90,7 +120,8 @@ def score_rows(
         for case in decode_rows(raw, data, quarantine):
             image, label = (torch.from_numpy(volume.copy()).to(device) for volume in (case.image, case.label))
             dice = score_case(network, image, label, window)
-            scored.append(CaseScore(case.index, case.case_id, [float(value) for value in dice]))
+            present = [bool((label == number).any()) for number in range(1, len(dice) + 1)]
+            scored.append(CaseScore(case.index, case.case_id, [float(value) for value in dice], present))
     return scored
 
 
@@ -103,6 +134,7 @@ def merge(parts: Sequence[Sequence[CaseScore]], expected: int) -> Scores:
 
     Raises:
         RuntimeError: a case was scored twice or not at all.
+        ConfigError: every case's label is empty, so that predicting nothing would score 1.
     """
     by_index = {score.index: score for part in parts for score in part}
     if sum(map(len, parts)) != len(by_index) or len(by_index) != expected:
@@ -111,6 +143,12 @@ def merge(parts: Sequence[Sequence[CaseScore]], expected: int) -> Scores:
             f"{len(by_index)} cases; report this with the log"
         )
     by_case = [by_index[index] for index in sorted(by_index)]
+    if by_case and all(score.empty for score in by_case):
+        raise ConfigError(
+            "expected foreground in the label of a held-out case at least, found only background in all "
+            f"{len(by_case)}, first: {by_case[0].case_id}; check the labels' values, and that --data.labels names the "
+            "right place"
+        )
     table = np.array([score.dice for score in by_case], dtype=np.float64)
     return Scores(float(table.mean()), table.mean(axis=0).tolist(), by_case)
 
@@ -156,10 +194,15 @@ def share_buffers(network: torch.nn.Module) -> None:
 
 
 def to_parquet(by_case: Sequence[CaseScore]) -> bytes:
-    """A row a case: `case_id`, `mean_dice`, and `dice_1`, `dice_2`, … by class."""
+    """A row a case: `case_id`, `mean_dice`, `mean_dice_present`, `empty`, and `dice_1`, `dice_2`, … by class.
+
+    `mean_dice_present` is null where the label is empty.
+    """
     columns: dict[str, Any] = {
         "case_id": [score.case_id for score in by_case],
         "mean_dice": [score.mean_dice for score in by_case],
+        "mean_dice_present": pa.array([score.mean_dice_present for score in by_case], pa.float64()),
+        "empty": [score.empty for score in by_case],
     }
     for number in range(len(by_case[0].dice) if by_case else 0):
         columns[f"dice_{number + 1}"] = [score.dice[number] for score in by_case]

@@ -41,7 +41,7 @@ class WorkersConfig:
     """Compute threads of each; None takes as many as a rank of the training run had."""
 
     use_gpu: bool | None = None
-    """Whether each takes a GPU; None takes one where the cluster has enough of them."""
+    """Whether each takes a GPU; None takes one where the cluster has any, and there must then be enough."""
 
     task_cpus: float | None = None
     """CPUs that Ray reserves for one read task; None takes those of the training run."""
@@ -126,9 +126,9 @@ class Scorer(Worker):
         self.data = data
 
     def __call__(self, raw: pa.Table) -> Iterator[pa.Table]:
-        """Score one table of `fetch.RAW_SCHEMA`: `index`, `case_id` and `dice`, a list by class."""
+        """Score one table of `fetch.RAW_SCHEMA`: `index`, `case_id`, and `dice` and `present`, lists by class."""
         scored = score_rows(self.network, [raw], self.data, self.window, self.device)
-        columns = {name: [getattr(score, name) for score in scored] for name in ("index", "case_id", "dice")}
+        columns = {name: [getattr(score, name) for score in scored] for name in ("index", "case_id", "dice", "present")}
         yield pa.table(columns)
 
 
@@ -243,11 +243,11 @@ def check_room(config: WorkersConfig, task_cpus: float) -> bool:
             f"{task_cpus:g} to read with, found {cpus:g} in the cluster; lower --workers, --cpus-per-worker or "
             "--task-cpus"
         )
-    use_gpu = gpus >= config.workers if config.use_gpu is None else config.use_gpu
+    use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
     if use_gpu and gpus < config.workers:
         raise ConfigError(
-            f"expected a GPU for each of {config.workers} workers, found {gpus:g} in the cluster; lower --workers or "
-            "leave --use-gpu out to infer on CPUs"
+            f"expected a GPU for each of {config.workers} workers, found {gpus:g} in the cluster; lower --workers, "
+            "wait until GPU nodes have joined, or give --use-gpu False to infer on CPUs"
         )
     return use_gpu
 

@@ -25,7 +25,9 @@ def a_run(folder: Path) -> Path:
     for epoch in range(3):
         row = {"epoch": epoch, "train_loss": 0.5 / (epoch + 1), "mean_dice": None, "wall_s": 20.0}
         if epoch in DICE:
-            scores = merge([[CaseScore(n, f"case_{n}", dice) for n, dice in enumerate(DICE[epoch])]], 2)
+            scores = merge(
+                [[CaseScore(n, f"case_{n}", dice, [True] * len(dice)) for n, dice in enumerate(DICE[epoch])]], 2
+            )
             save_scores(str(folder), epoch, scores)
             row |= {"mean_dice": scores.mean_dice, "scored": 2, "evaluate_s": 10.0}
         rows.append(row)
@@ -53,7 +55,11 @@ def test_the_table_the_json_and_the_curve_have_the_means_of_the_scores_by_case(t
 
 def test_scores_that_are_not_those_which_the_run_reported_are_refused(tmp_path: Path) -> None:
     folder = a_run(tmp_path)
-    save_scores(str(folder), 2, merge([[CaseScore(0, "case_0", [0.9, 0.7]), CaseScore(1, "case_1", [0.8, 0.61])]], 2))
+    save_scores(
+        str(folder),
+        2,
+        merge([[CaseScore(0, "case_0", [0.9, 0.7], [True] * 2), CaseScore(1, "case_1", [0.8, 0.61], [True] * 2)]], 2),
+    )
     with pytest.raises(ConfigError, match=r"expected the mean Dice that the run reported, 0\.75.*found 0\.7525"):
         run(QualityConfig(run_dir=str(folder)), Console(quiet=True))
     (folder / "scores" / "epoch-00002.parquet").unlink()

@@ -114,7 +114,21 @@ def test_a_run_that_cannot_work_is_refused_before_it_starts(places, tmp_path, ch
 
 
 def test_a_run_without_uris_is_refused(tmp_path, capsys):
-    assert main(["run", "kits19-small", "--run-dir", str(tmp_path / "run"), "--data.images", "gs://b/i"]) == 1
+    assert (
+        main(
+            [
+                "run",
+                "kits19-small",
+                "--run-dir",
+                str(tmp_path / "run"),
+                "--data.images",
+                "gs://b/i",
+                "--trainer.use-gpu",
+                "False",
+            ]
+        )
+        == 1
+    )
     assert "expected two URIs, --data.images and --data.labels" in capsys.readouterr().err
 
 

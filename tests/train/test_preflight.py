@@ -1,5 +1,6 @@
 """What would go wrong later is said before anything starts, with the numbers that decide it."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -14,6 +15,7 @@ import pytest
 import train
 from ingest.crop import CropConfig
 from ingest.errors import ConfigError
+from ingest.layout import Known, Layout
 from ingest.manifest import Manifest
 from ingest.pairing import Case
 from ingest.stores import ObjectMeta, open_store
@@ -47,10 +49,41 @@ def test_a_demo_without_a_spare_cpu_is_refused_within_seconds_and_before_its_dat
 
 def test_gpus_are_taken_where_there_are_enough_and_missed_where_they_are_asked_for():
     assert preflight.check_gpus(with_trainer(use_gpu=None), gpus=2)
-    assert not preflight.check_gpus(with_trainer(use_gpu=None), gpus=1)
+    assert not preflight.check_gpus(with_trainer(use_gpu=None), gpus=0)
     assert not preflight.check_gpus(with_trainer(use_gpu=False), gpus=8)
     with pytest.raises(ConfigError, match="expected a GPU for each of 2 ranks, found 1"):
         preflight.check_gpus(with_trainer(use_gpu=True), gpus=1)
+
+
+def test_some_gpus_but_too_few_are_refused_with_both_numbers_and_the_flags():
+    with pytest.raises(
+        ConfigError, match=r"each of 8 ranks, found 3 .*num-workers 3 .*--trainer\.use-gpu False trains"
+    ):
+        preflight.check_gpus(with_trainer(use_gpu=None, num_workers=8), gpus=3)
+
+
+@pytest.mark.parametrize("name", ["kits19-small", "kits19-mlperf"])
+def test_the_kits19_recipes_ask_for_gpus_on_a_cluster_that_has_none_yet(name):
+    recipe = RECIPES[name][1]
+    assert preflight.gpus_unchecked(recipe, gpus=0)
+    with pytest.raises(ConfigError, match=r"each of 8 ranks, found 0 .*--trainer\.use-gpu False trains on CPUs"):
+        preflight.check_gpus(recipe, gpus=0)
+
+
+def test_a_momentary_count_does_not_decide_for_cpus_where_resources_are_not_checked():
+    assert preflight.gpus_unchecked(with_trainer(use_gpu=None), gpus=1)
+    assert not preflight.gpus_unchecked(with_trainer(use_gpu=False), gpus=8)
+    with pytest.raises(ConfigError, match=r"--trainer\.use-gpu True or False beside --trainer\.check-resources False"):
+        preflight.gpus_unchecked(with_trainer(use_gpu=None), gpus=0)
+
+
+def test_a_kits19_recipe_is_refused_early_on_a_machine_without_gpus(monkeypatch):
+    from train import launch
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=r"expected a GPU for each of 8 ranks, found 0"):
+        launch.check_early(RECIPES["kits19-small"][1])
 
 
 def test_a_batch_larger_than_the_data_set_is_refused():
@@ -140,3 +173,13 @@ def test_scoring_without_held_out_cases_is_refused():
     with pytest.raises(ConfigError, match="expected held-out cases to score"):
         preflight.check_amount(DEMO, 100, 0)
     preflight.check_amount(with_trainer(evaluate_every=0), 100, 0)
+
+
+@pytest.mark.parametrize(("boxes", "empty"), [([(), ()], True), ([(), ((((0, 1), (0, 1), (0, 1)),),)], False)])
+def test_a_data_set_whose_known_labels_are_all_empty_is_refused_at_the_start(boxes, empty):
+    cases = [Case(name, ObjectMeta(f"{name}_x.npy", 10), ObjectMeta(f"{name}_y.npy", 5)) for name in "ab"]
+    manifest = Manifest.from_cases(cases, images_uri="/i/", labels_uri="/l/")
+    preflight.check_foreground(manifest)  # nothing is known yet
+    known = manifest.with_known([Known(Layout(128, 128, (8, 8, 8)), found) for found in boxes])
+    with pytest.raises(ConfigError, match="only background in all 2 labels") if empty else contextlib.nullcontext():
+        preflight.check_foreground(known)

@@ -19,7 +19,7 @@ from train import checkpoint
 from train.config import Recipe, TrainerConfig
 from train.loss import DiceCELoss
 from train.optimizer import OptimizerConfig
-from train.step import StepResult, TrainStep, memory_format
+from train.step import StepResult, TrainStep, memory_format, precision_of
 from train.unet3d import UNet3D, UNet3DConfig
 
 CPU = torch.device("cpu")
@@ -252,3 +252,21 @@ def test_a_captured_network_takes_the_same_steps(precision: str) -> None:
     for name, weight in plain.network.state_dict().items():
         tolerance = 1e-4 if precision == "fp32" else 1e-2
         torch.testing.assert_close(compiled.network.state_dict()[name], weight, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "precision"),
+    [
+        ("cuda", (6, 1), "fp16"),
+        ("cuda", (7, 0), "fp16"),
+        ("cuda", (7, 5), "fp16"),
+        ("cuda", (8, 0), "bf16"),
+        ("cuda", (8, 9), "bf16"),
+        ("cuda", (9, 0), "bf16"),
+        ("cpu", None, "fp32"),
+    ],
+)
+def test_auto_takes_bf16_only_where_the_gpu_has_it(
+    device: str, capability: tuple[int, int] | None, precision: str
+) -> None:
+    assert precision_of(device, capability) == precision
