@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import ingest
+import train
 from ingest.errors import ConfigError
 from ingest.manifest import Manifest
 from ingest.pairing import Case
@@ -67,7 +70,8 @@ def test_every_setting_of_a_recipe_has_a_rule_with_a_reason():
         *(("optimizer.learning_rate", 0.08), ("optimizer.clip_norm", 1.0), ("optimizer.warmup_epochs", 0)),
         *(("trainer.epochs", 99), ("trainer.evaluate_every", 3), ("trainer.quality_threshold", 0.9)),
         *(("trainer.checkpoint_every_steps", 7), ("trainer.num_workers", 3), ("trainer.precision", "fp32")),
-        *(("data.task_cpus", 0.25), ("window.overlap", 0.5), ("data.bad.on_bad", "quarantine")),
+        *(("data.task_cpus", 0.25), ("window.overlap", 0.5), ("data.bad.budget_cases", 9)),
+        *(("trainer.batch_size", 2), ("trainer.accumulate", 2), ("data.shards.execution_cases", 1)),
     ],
 )
 def test_a_setting_that_may_change_is_accepted_and_recorded_with_its_step(tmp_path, setting, value):
@@ -134,3 +138,25 @@ def test_the_advice_of_a_step_that_is_not_finite_can_be_followed(tmp_path):
         now = resumed(changed(DEMO, setting, value), run_dir)
         assert checks_of_run_dir(now, run_dir)
         assert [change.setting for change in changed_settings(now, run_dir)] == [setting]
+
+
+FLAG = re.compile(r"--((?:data|trainer|optimizer|model|window|demo)\.[a-z0-9]+(?:[.-][a-z0-9]+)*)")
+NEW_RUN = {
+    *("data.crop.patch", "data.decode.channels", "data.decode.num_classes", "model.in_channels", "model.num_classes"),
+    *("data.holdout_fraction", "data.holdout_cases"),
+}
+"""Settings that messages advise to change and that a resumed run refuses: another network, other samples."""
+
+
+def test_every_setting_that_a_message_names_exists_and_may_change_on_resume_or_calls_for_a_new_run():
+    settings = {name for name, _ in settings_of(DEMO)}
+    found = set()
+    for package in (ingest, train):
+        for file in Path(package.__file__).parent.rglob("*.py"):
+            found |= {name.replace("-", "_") for name in FLAG.findall(file.read_text())}
+    bad = {f"data.{name.rpartition('.')[2]}": name for name in settings if name.startswith("data.bad.")}
+    named = {bad.get(name, name) for name in found}
+    unknown = {name for name in named if not any(each == name or each.startswith(f"{name}.") for each in settings)}
+    assert unknown == set()
+    assert {name for name in named if rule_of(name).verdict == "refused"} == NEW_RUN
+    assert len(named) > 20
