@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {
     "data.fetch": _READING,
     "data.store": _READING,
     "data.store.transport": Rule("own", "it is chosen anew at each start"),
+    "data.store.max_in_flight": Rule("own", "it is chosen with the transport"),
     "data.store.run_id": Rule("own", "it is chosen anew at each start"),
     "data.bad": Rule("recorded", "the policy holds for what is read from now on"),
     "model": _WEIGHTS,

@@ -19,7 +19,7 @@ from tests.ruined import files_of, make_set
 from train.config import Recipe
 from train.launch import keep_changes, open_data, resumed_held_out
 from train.records import read_events
-from train.resume_rules import Change
+from train.resume_rules import Change, changes_of
 
 QUIET = Console(file=io.StringIO())
 
@@ -201,3 +201,10 @@ def test_a_move_is_an_event_of_the_run_and_its_folder_names_the_new_place(new, o
     assert held_out.table["case_id"].equals(kept.table["case_id"])
     assert is_read(resume(of_run))  # the next start needs no URIs
     assert keep_changes(run_dir, [], manifest, split, split.held_out) == []
+
+
+def test_what_a_run_resolves_by_itself_is_no_change_of_its_settings(bucket):
+    recipe = Recipe(data=DataConfig(**in_bucket(bucket)))
+    _, resolved = open_data(recipe, None, QUIET)
+    assert resolved.data.store != recipe.data.store
+    assert changes_of(resolved, recipe, "run") == []
