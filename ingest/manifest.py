@@ -27,6 +27,7 @@ from .subjects import Subjects, subjects_of
 FORMAT = "voxflux-manifest"
 FORMAT_VERSION = 1
 SEAL = b"voxflux-crc32c:"
+SHOWN = 3  # cases that a message names before "and N more"
 
 SCHEMA = pa.schema(
     [
@@ -82,20 +83,81 @@ class Manifest:
         return dataclasses.replace(self, table=table)
 
     def with_generations(self, listed: Manifest) -> Manifest:
-        """The same cases, by checksum, with the generations of a later listing.
+        """The same cases, with the generations of a later listing of the same place; see `moved_to`."""
+        return self.moved_to(listed)
+
+    def moved_to(self, there: Manifest, left_out: npt.NDArray[np.int64] | None = None) -> Manifest:
+        """The same cases in the same order, with the URIs, names and generations of another listing.
+
+        Cases are the same if their ids and sizes are, and their checksums where both sides have them. Local files have
+        none, so that of them only the sizes are compared.
+
+        Args:
+            there: the other listing.
+            left_out: indices of cases that need not be there and are not compared, since the run quarantined them.
 
         Raises:
-            ManifestError: the listing has other cases, or other bytes in one.
+            ManifestError: the listing has other cases, or other bytes in one; the counts and the first few are named.
         """
-        same = [field.name for field in SCHEMA if not field.name.endswith("_generation")]
-        if not self.table.select(same).equals(listed.table.select(same)):
+        ids = self.table["case_id"].combine_chunks()
+        others = there.table["case_id"].combine_chunks()
+        rows = pc.index_in(ids, value_set=others)
+        compared = np.ones(len(self), dtype=bool)
+        if left_out is not None:
+            compared[left_out[left_out < len(self)]] = False
+        aligned = there.table.take(rows)
+        absent = rows.is_null().to_numpy(zero_copy_only=False)
+        differ: list[tuple[str, pa.Array]] = [
+            ("missing there", ids.filter(pa.array(absent & compared))),
+            ("there and not in the run", others.filter(pc.is_null(pc.index_in(others, value_set=ids)))),
+        ]
+        columns = {name: self.table[name].combine_chunks() for name in SCHEMA.names}
+        for what, part in (("of another size", "bytes"), ("of another checksum", "crc32c")):
+            other = np.zeros(len(self), dtype=bool)
+            for role in ("image", "label"):
+                same = pc.equal(columns[f"{role}_{part}"], aligned[f"{role}_{part}"].combine_chunks())
+                other |= ~pc.fill_null(same, True).to_numpy(zero_copy_only=False)
+            differ.append((what, ids.filter(pa.array(other & compared))))
+        if any(len(found) for _, found in differ):
             raise ManifestError(
-                f"expected the {len(self)} cases in {self.images_uri} with the bytes that they had, found other ones "
-                f"among the {len(listed)} there now; put them back, or begin a new run"
+                f"expected the {len(self)} cases in {self.images_uri} and {self.labels_uri} with the bytes that they "
+                f"had, found other ones among the {len(there)} in {there.images_uri} and {there.labels_uri}: "
+                f"{_differences(differ)}; put them back, or begin a new run"
             )
+        taken = pa.array(~absent & compared)
         table = self.table
-        for name in ("image_generation", "label_generation"):
-            table = table.set_column(table.column_names.index(name), SCHEMA.field(name), listed.table[name])
+        for role in ("image", "label"):
+            for name in (role, f"{role}_generation", f"{role}_crc32c"):
+                new = aligned[name].combine_chunks()
+                if name.endswith("_crc32c"):
+                    new = pc.coalesce(new, columns[name])  # a checksum of the same bytes holds in any place
+                field = SCHEMA.field(name)
+                values = pc.if_else(taken, new, columns[name])
+                table = table.set_column(table.column_names.index(name), field, values)
+        return Manifest(table, there.images_uri, there.labels_uri)
+
+    def with_current(self, images: Sequence[ObjectMeta], labels: Sequence[ObjectMeta]) -> Manifest:
+        """The same cases, with the generations of a later listing of the same place where the bytes are the same.
+
+        An object whose size or checksum differs, or is unknown, keeps its generation: reading it then fails as stale,
+        and the policies for stale and bad cases decide.
+
+        Args:
+            images: all objects of `images_uri`.
+            labels: all objects of `labels_uri`.
+        """
+        table = self.table
+        for role, listed in (("image", images), ("label", labels)):
+            name = f"{role}_generation"
+            now = {meta.name: meta for meta in listed}
+            generations = []
+            columns = (table[column].to_pylist() for column in (role, f"{role}_bytes", f"{role}_crc32c", name))
+            for key, size, crc, generation in zip(*columns, strict=True):
+                meta = now.get(key)
+                same = meta is not None and crc is not None and (meta.size_bytes, meta.crc32c) == (size, crc)
+                generations.append(meta.generation if meta is not None and same else generation)
+            new = pa.array(generations, pa.int64())
+            table = table.set_column(table.column_names.index(name), SCHEMA.field(name), new)
         return dataclasses.replace(self, table=table)
 
     def case_bytes(self) -> npt.NDArray[np.int64]:
@@ -237,6 +299,16 @@ def cases_of(rows: pa.Table) -> list[Case]:
         for role in ("image", "label")
     )
     return list(map(Case, columns["case_id"], images, labels))
+
+
+def _differences(differ: Sequence[tuple[str, pa.Array]]) -> str:
+    """The counts of cases that differ, each with the first few."""
+    parts = []
+    for what, ids in differ:
+        if len(ids):
+            more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+            parts.append(f"{len(ids)} {what} ({', '.join(ids[:SHOWN].to_pylist())}{more})")
+    return ", ".join(parts)
 
 
 def _check_rows(table: pa.Table, name: str) -> None:

@@ -75,8 +75,9 @@ def stop_run(
     more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
     raise NonFiniteError(
         f"expected a finite loss and gradient in step {step}, epoch {epoch} (learning rate {rate:g}), found {found}: "
-        f"{', '.join(named[:NAMED])}{more}; look at the cases in {run_dir}/{NONFINITE_FILE}, or lower "
-        "--optimizer.learning-rate, set --optimizer.clip-norm, or take --trainer.precision fp32",
+        f"{', '.join(named[:NAMED])}{more}; look at the cases in {run_dir}/{NONFINITE_FILE}, then go "
+        f"on by --trainer.resume {run_dir} with a lower --optimizer.learning-rate than {rate:g}, with "
+        "--optimizer.clip-norm, or with --trainer.precision fp32",
         named,
     )
 

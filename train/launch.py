@@ -7,10 +7,11 @@ import dataclasses
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pyarrow.fs
 import ray
 import ray.train
@@ -19,15 +20,17 @@ from rich.console import Console
 
 from ingest.clean import sweep_run
 from ingest.cluster import connected_ray, environment
-from ingest.errors import ConfigError
+from ingest.errors import ConfigError, PlaceNotFoundError
 from ingest.execution import execution_options
+from ingest.holdout import Split
 from ingest.index import index_cases
-from ingest.manifest import Manifest
+from ingest.listing import list_objects
+from ingest.manifest import Manifest, cases_of
 from ingest.pipeline import DataConfig
 from ingest.plan import Indices
-from ingest.quarantine import summary
+from ingest.quarantine import load_entries, summary
 from ingest.quarantine_actor import start_quarantine
-from ingest.stores import open_store
+from ingest.stores import ObjectMeta, open_store
 from ingest.unwrap import own_error
 
 from . import preflight
@@ -43,7 +46,8 @@ from .monitor import start_monitor
 from .nodes import alive_nodes, check_visible, gpus_of_machine, with_readers
 from .planned import datasets_of, most_together
 from .report import epoch_table
-from .run_folder import RECIPE_FILE, checks_of_run_dir, resolve_run_dir
+from .resume_rules import Change, record
+from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, resolve_run_dir
 from .stop import in_thread, on_signals
 from .tracking import reach, tracked
 from .waits import why
@@ -82,6 +86,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
     preflight.check_model(recipe)
     run_dir = resolve_run_dir(recipe, name)
     resumed = checks_of_run_dir(recipe, run_dir)
+    changes = changed_settings(recipe, run_dir) if resumed else []
     preflight.check_space(recipe, run_dir)
     tracking = reach(recipe.trainer.mlflow, run_dir, resumed=resumed)
     if recipe.trainer.check_resources and not ray.is_initialized():
@@ -101,9 +106,13 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         use_gpu = preflight.check_cluster(recipe, nodes)
         before_s = time.perf_counter()
         of_run = f"{run_dir}/{MANIFEST_FILE}" if resumed else None
-        manifest, recipe = open_data(recipe, of_run, console, served=served)
+        quarantined = quarantined_of(recipe.data, run_dir)
+        manifest, recipe = open_data(recipe, of_run, console, served=served, left_out=quarantined)
         listing_s = time.perf_counter() - before_s
         split = split_of(recipe.data, manifest, run_dir if resumed else None)
+        kept = split.held_out
+        if resumed:
+            split = resumed_held_out(recipe.data, split)
         train, held_out = split.train, split.held_out
         held_out_data = recipe.data
         if recipe.data.eval_images:
@@ -112,12 +121,16 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             composed += [data.images, data.labels] if data.store.transport == "compose" else []
         preflight.check_amount(recipe, len(train), len(held_out))
         preflight.check_foreground(manifest)
-        preflight.check_smallest(recipe, manifest)
+        if (found := preflight.check_smallest(recipe, manifest, train, quarantined)) is not None:
+            console.print(found, markup=False)
         check_visible(recipe, [manifest, held_out], run_dir, nodes)
         if not resumed:
             manifest.save(f"{run_dir}/{MANIFEST_FILE}")
             save_held_out(run_dir, split)
-        # Also of a run that goes on: with more epochs, say; what must be as it was has been checked.
+        else:
+            for line in keep_changes(run_dir, changes, manifest, split, kept):
+                console.print(f"changed: {line}", markup=False)
+        # Also of a run that goes on, whose settings may have changed as far as `resume_rules` allows.
         open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
         bad = recipe.data.bad
         quarantine = start_quarantine(run_dir, bad, len(manifest)) if bad.quarantines else None
@@ -253,11 +266,18 @@ def check_early(recipe: Recipe) -> None:
             preflight.check_cluster(with_readers(recipe, nodes), nodes)
 
 
+def quarantined_of(data: DataConfig, run_dir: str) -> Indices | None:
+    """Indices of the cases that the run leaves out already; None where its policies quarantine none."""
+    if not data.bad.quarantines:
+        return None
+    return np.array(sorted(entry.index for entry in load_entries(run_dir)), dtype=np.int64)
+
+
 @contextlib.contextmanager
 def data_of(recipe: Recipe, console: Console) -> Iterator[Recipe]:
     """The recipe with its URIs: the given ones, or, for a demo, those of cases made on the spot and served."""
     data = recipe.data
-    if (data.images and data.labels) or data.manifest:
+    if (data.images and data.labels) or data.manifest or (recipe.trainer.resume and recipe.demo is None):
         yield recipe
         return
     if recipe.demo is None or data.images or data.labels:
@@ -292,36 +312,152 @@ def data_of(recipe: Recipe, console: Console) -> Iterator[Recipe]:
         )
 
 
-def open_data(recipe: Recipe, of_run: str | None, console: Console, *, served: bool = False) -> tuple[Manifest, Recipe]:
+def open_data(
+    recipe: Recipe,
+    of_run: str | None,
+    console: Console,
+    *,
+    served: bool = False,
+    left_out: Indices | None = None,
+) -> tuple[Manifest, Recipe]:
     """The manifest, loaded or made, and the recipe with its transport resolved.
+
+    A resumed run keeps its own manifest, so that every case keeps its index. If other URIs are given, or a manifest of
+    other URIs, its cases are looked for there.
 
     Args:
         recipe: names the data.
-        of_run: the manifest of the run that is gone on with, so that every case keeps its index.
+        of_run: the manifest of the run that is gone on with.
         console: is told of the transport.
         served: by an embedded server of this run's own, which gives its objects new generations at each start.
+        left_out: indices of the run's quarantined cases, which are not compared.
 
     Raises:
-        ManifestError: the saved manifest cannot be read, or a demo's cases are not those that the run began with.
+        ManifestError: a saved manifest cannot be read, or the cases are not those that the run began with.
+        ConfigError: the URIs and the manifest are of different places, or the place of a run's data is gone.
     """
-    data = recipe.data if of_run is None else dataclasses.replace(recipe.data, manifest=of_run)
-    if data.manifest:
-        manifest = Manifest.load(data.manifest, data.store)
-        for role, given, found in (
-            ("images", data.images, manifest.images_uri),
-            ("labels", data.labels, manifest.labels_uri),
-        ):
-            if given and open_store(given).uri != found:
-                raise ConfigError(
-                    f"expected {role} at {given}, found a manifest of {found}; leave --data.{role} out, or "
-                    "make a manifest of these URIs with `python -m ingest index`"
-                )
+    data = recipe.data
+    if of_run is not None:
+        manifest = resumed_manifest(data, Manifest.load(of_run, data.store), served=served, left_out=left_out)
+    elif data.manifest:
+        manifest = _offered(data, data.images, data.labels)
         if served:
             listed = index_cases(manifest.images_uri, manifest.labels_uri, data.store, data.pairing).manifest
             manifest = manifest.with_generations(listed)
     else:
         manifest = index_cases(data.images, data.labels, data.store, data.pairing).manifest
     return manifest, dataclasses.replace(recipe, data=resolve(data, manifest, console))
+
+
+def _offered(data: DataConfig, images: str, labels: str) -> Manifest:
+    """The manifest that is given, which must be of these URIs where they are not empty."""
+    manifest = Manifest.load(data.manifest or "", data.store)
+    for role, given, found in (("images", images, manifest.images_uri), ("labels", labels, manifest.labels_uri)):
+        if given and open_store(given).uri != found:
+            raise ConfigError(
+                f"expected {role} at {given}, found a manifest of {found}; leave --data.{role} out, or "
+                "make a manifest of these URIs with `python -m ingest index`"
+            )
+    return manifest
+
+
+def resumed_manifest(
+    data: DataConfig, of_run: Manifest, *, served: bool = False, left_out: Indices | None = None
+) -> Manifest:
+    """A run's manifest with the places and generations that its objects have now; see `open_data`.
+
+    Raises:
+        ManifestError: other cases lie in the places that are given.
+        ConfigError: no other place is given, and the one that the run read is gone.
+    """
+    places = (of_run.images_uri, of_run.labels_uri)
+    images, labels = (
+        "" if not given or open_store(given).uri == old else given
+        for given, old in zip((data.images, data.labels), places, strict=True)
+    )
+    there = None
+    if data.manifest:
+        there = _offered(data, images, labels)
+        there = None if (there.images_uri, there.labels_uri) == places else there
+    elif images or labels or served:
+        there = index_cases(images or places[0], labels or places[1], data.store, data.pairing).manifest
+    if there is not None:
+        return of_run.moved_to(there, left_out)
+    if _as_listed(data, of_run, left_out):
+        return of_run
+    listed = [list_objects(open_store(uri, data.store)) for uri in places]
+    return of_run.with_current(*listed)
+
+
+def _as_listed(data: DataConfig, manifest: Manifest, left_out: Indices | None) -> bool:
+    """Whether the first and the last case have the generations that the manifest has.
+
+    Raises:
+        ConfigError: the place is gone.
+    """
+    kept = np.setdiff1d(np.arange(len(manifest)), np.zeros(0, np.int64) if left_out is None else left_out)
+    cases = cases_of(manifest.take(kept[[0, -1]])) if len(kept) else []
+    same = True
+    for role, uri in (("image", manifest.images_uri), ("label", manifest.labels_uri)):
+        store = open_store(uri, data.store)
+        try:
+            for case in cases:
+                meta: ObjectMeta = getattr(case, role)
+                now = next((found for found in store.list(meta.name) if found.name == meta.name), None)
+                same = same and now is not None and meta.generation in (None, now.generation)
+            if not same and next(iter(store.list()), None) is None:
+                raise PlaceNotFoundError(f"{uri} holds no object")
+        except PlaceNotFoundError as error:
+            raise ConfigError(
+                f"expected the run's {role}s in {uri}, found that they are gone ({error}); put them back, or, if the "
+                "data has moved, give --data.images and --data.labels of where it is now, or its --data.manifest"
+            ) from error
+    return same
+
+
+def resumed_held_out(data: DataConfig, split: Split) -> Split:
+    """A resumed run's split, with its evaluation set where `eval_images` and `eval_labels` are now.
+
+    Raises:
+        ManifestError: other cases lie there.
+    """
+    if not data.eval_images:
+        return split
+    second = dataclasses.replace(data, images=data.eval_images, labels=data.eval_labels, manifest=None)
+    return dataclasses.replace(split, held_out=resumed_manifest(second, split.held_out))
+
+
+def keep_changes(
+    run_dir: str, changes: Sequence[Change], manifest: Manifest, split: Split, held_out: Manifest
+) -> list[str]:
+    """Record what is other than before in a resumed run: its settings, and the places of its cases.
+
+    Args:
+        run_dir: the run's folder or gs:// place.
+        changes: of its settings.
+        manifest: of all cases, where they are now.
+        split: of them; its held-out cases are kept with the run too.
+        held_out: the held-out cases as the run's folder has them, in the places where they were.
+
+    Returns:
+        Each change in words, with its step.
+    """
+    before = Manifest.load(f"{run_dir}/{MANIFEST_FILE}")
+    moved = _moved("data.", before, manifest)
+    if held_out.images_uri != before.images_uri:
+        moved += _moved("data.eval_", held_out, split.held_out)
+    # The events first: after a crash in between, the next start finds the same changes again.
+    lines = record(run_dir, [*changes, *moved], read_position(run_dir).step)
+    if not (before.table.equals(manifest.table) and held_out.table.equals(split.held_out.table) and not moved):
+        manifest.save(f"{run_dir}/{MANIFEST_FILE}")
+        save_held_out(run_dir, split)
+    return lines
+
+
+def _moved(prefix: str, before: Manifest, now: Manifest) -> list[str]:
+    """The places that changed, in words."""
+    pairs = (("images", before.images_uri, now.images_uri), ("labels", before.labels_uri, now.labels_uri))
+    return [f"{prefix}{role} {old} -> {new}" for role, old, new in pairs if old != new]
 
 
 def resolve(data: DataConfig, manifest: Manifest, console: Console) -> DataConfig:

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import ray
 import torch
 from ray._private.state import available_resources_per_node
 
+from ingest.crop import Shape
 from ingest.decode import parse_npy
-from ingest.errors import ConfigError
+from ingest.errors import ConfigError, DecodeError, ObjectError, QuarantineBudgetError, StaleManifestError
 from ingest.manifest import Manifest, cases_of
+from ingest.plan import Indices
 from ingest.stores import open_store
 
 from .config import Recipe
@@ -25,6 +28,7 @@ from .unet3d import UNet3D, check_patch
 # A checkpoint holds the weights and, for each, up to two moments of the optimiser.
 CHECKPOINT_COPIES = {"sgd": 2, "adamw": 3}
 FREE_WITHIN_S = 5.0
+LOOKED_AT = 8  # smallest images that are read at the most, where those before are to be quarantined
 
 
 def check_model(recipe: Recipe) -> None:
@@ -137,19 +141,113 @@ def check_foreground(manifest: Manifest) -> None:
         )
 
 
-def check_smallest(recipe: Recipe, manifest: Manifest) -> None:
-    """The smallest image must hold a patch; it is found by its bytes, and one object is read."""
-    sizes = manifest.table["image_bytes"].to_numpy()
-    case = cases_of(manifest.take(np.asarray([int(np.argmin(sizes))])))[0]
-    store = open_store(manifest.images_uri, recipe.data.store)
-    name = store.uri_of(case.image.name)
-    header, _ = parse_npy(store.fetch([case.image])[0], name)
-    shape, patch = header.shape[1:], recipe.data.crop.patch
-    if len(header.shape) == 4 and any(have < want for have, want in zip(shape, patch, strict=True)):
-        raise ConfigError(
-            f"expected every volume to hold a patch of {patch}, found {shape} in the smallest, {name}; "
-            "choose a smaller --data.crop.patch, or prepare the cases with a larger --shape"
+def check_smallest(
+    recipe: Recipe,
+    manifest: Manifest,
+    candidates: Indices | None = None,
+    quarantined: Indices | None = None,
+) -> str | None:
+    """Every volume to train on must hold a patch, or be one that the run may quarantine.
+
+    Where the manifest has shapes, all of them are looked at. Of cases without one, the smallest image by its bytes is
+    read. A case that the policies quarantine is passed over, as its reading will report it, and the next one is looked
+    at, up to LOOKED_AT of them.
+
+    Args:
+        recipe: has the patch, and the policies for bad and stale cases.
+        manifest: of all cases.
+        candidates: (n,) int64, indices to train on; None for all.
+        quarantined: (q,) int64, indices of the cases that the run leaves out already.
+
+    Returns:
+        What is bad and will be quarantined, in words; None where nothing was found.
+
+    Raises:
+        ConfigError: a volume is smaller than the patch, and such cases end the run.
+        ObjectError, DecodeError: an image that was looked at cannot be read, and such cases end the run.
+        QuarantineBudgetError: more cases are bad than the run may leave out.
+    """
+    bad = recipe.data.bad
+    left_out = np.zeros(0, dtype=np.int64) if quarantined is None or not bad.quarantines else quarantined
+    wanted = np.setdiff1d(np.arange(len(manifest)) if candidates is None else candidates, left_out)
+    thin, first, unknown = _known_thin(manifest, wanted, recipe.data.crop.patch)
+    if first is not None and bad.on_bad == "fail":
+        raise _too_small(recipe, first, thin)
+    lines = [] if first is None else [f"{thin} volumes are smaller than the patch, first {first[0]} of {first[1]}"]
+    order = unknown[np.argsort(manifest.table["image_bytes"].to_numpy()[unknown], kind="stable")]
+    for index in order[:LOOKED_AT].tolist():
+        found = _look_at(recipe, manifest, index)
+        if found is None:
+            break
+        thin += 1
+        lines.append(found)
+    if not lines:
+        return None
+    budget = bad.budget(len(manifest))
+    if len(left_out) + thin > budget:
+        raise QuarantineBudgetError(
+            f"expected at most {budget} bad cases, found {len(left_out) + thin}, of which {len(left_out)} are "
+            f"quarantined already: {'; '.join(lines)}; mend these cases, choose a smaller --data.crop.patch, or raise "
+            "--data.budget-cases"
         )
+    return f"{thin} cases will be quarantined, of a budget of {budget}: {'; '.join(lines)}"
+
+
+def _known_thin(
+    manifest: Manifest, wanted: Indices, patch: Shape
+) -> tuple[int, tuple[str, tuple[int, ...]] | None, Indices]:
+    """How many volumes are too small by the manifest, the first one and its shape, and the cases of unknown shape."""
+    if "depth" not in manifest.table.column_names:
+        return 0, None, wanted
+    # Unknown shapes are 0 here: a known one is above 0 on every axis.
+    columns = [pc.fill_null(manifest.table[name], 0).to_numpy() for name in ("depth", "height", "width")]
+    shapes = np.stack(columns, axis=1)[wanted]
+    unknown = shapes[:, 0] == 0
+    thin = np.flatnonzero(~unknown & (shapes < np.asarray(patch)).any(axis=1))
+    if len(thin) == 0:
+        return 0, None, wanted[unknown]
+    name = manifest.images_uri + manifest.table["image"][int(wanted[thin[0]])].as_py()
+    return len(thin), (name, tuple(shapes[thin[0]].tolist())), wanted[unknown]
+
+
+def _look_at(recipe: Recipe, manifest: Manifest, index: int) -> str | None:
+    """Read one image's header: why its case will be quarantined, or None where it is good.
+
+    Raises:
+        IngestError: it is bad, and the policy is to end the run.
+    """
+    bad, patch = recipe.data.bad, recipe.data.crop.patch
+    image = cases_of(manifest.take(np.asarray([index])))[0].image
+    store = open_store(manifest.images_uri, recipe.data.store)
+    name = store.uri_of(image.name)
+    body = store.fetch_each([image])[0]
+    if isinstance(body, StaleManifestError) and bad.on_stale == "refresh":
+        now = next((found for found in store.list(image.name) if found.name == image.name), None)
+        body = body if now is None else store.fetch_each([now])[0]
+    try:
+        if isinstance(body, ObjectError):
+            raise body
+        header, _ = parse_npy(body, name)
+    except (ObjectError, DecodeError) as error:
+        if not bad.takes(error):
+            raise
+        return str(error)
+    shape = header.shape[1:]
+    if len(header.shape) != 4 or all(have >= want for have, want in zip(shape, patch, strict=True)):
+        return None  # what else may be wrong is for the reading to say
+    if bad.on_bad == "fail":
+        raise _too_small(recipe, (name, shape))
+    return f"{name} of {shape} is smaller than the patch"
+
+
+def _too_small(recipe: Recipe, first: tuple[str, tuple[int, ...]], count: int | None = None) -> ConfigError:
+    name, shape = first
+    where = f"the smallest, {name}" if count is None else f"the first of {count} that do not, {name}"
+    return ConfigError(
+        f"expected every volume to hold a patch of {recipe.data.crop.patch}, found {shape} in {where}; choose a "
+        "smaller --data.crop.patch, prepare the cases with a larger --shape, or leave them out by --data.on-bad "
+        "quarantine"
+    )
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:

@@ -10,6 +10,7 @@ from ingest.stores import open_store
 
 from .checkpoint import read_position
 from .config import Recipe, from_json
+from .resume_rules import Change, changes_of
 
 RECIPE_FILE = "recipe.json"
 
@@ -18,7 +19,8 @@ def checks_of_run_dir(recipe: Recipe, run_dir: str) -> bool:
     """Whether the run goes on from an earlier one; that it may is checked first.
 
     Raises:
-        ConfigError: the folder holds a run that is not asked for, or none where one is, or one of another recipe.
+        ConfigError: the folder holds a run that is not asked for, or none where one is, or one with a setting that
+            may not change (see `resume_rules`).
     """
     store = open_store(run_dir)
     try:
@@ -35,21 +37,21 @@ def checks_of_run_dir(recipe: Recipe, run_dir: str) -> bool:
         return False
     if saved is None:
         raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
-    before = from_json(store.fetch([saved])[0].decode())
-    for part in ("model", "optimizer"):
-        if getattr(before, part) != getattr(recipe, part):
-            raise ConfigError(
-                f"expected the {part} of the run in {run_dir}, {getattr(before, part)}, found {getattr(recipe, part)}; "
-                "resume with the recipe and overrides that it was started with"
-            )
-    held_out = ("holdout_fraction", "subject_pattern", "holdout_cases", "eval_images", "eval_labels")
-    for field in ("seed", *held_out, "crop", "augment", "decode"):
-        if getattr(before.data, field) != getattr(recipe.data, field):
-            raise ConfigError(
-                f"expected data.{field} of the run in {run_dir}, {getattr(before.data, field)}, found "
-                f"{getattr(recipe.data, field)}; resume with the recipe and overrides that it was started with"
-            )
+    changes_of(from_json(store.fetch([saved])[0].decode()), recipe, run_dir)
     return True
+
+
+def changed_settings(recipe: Recipe, run_dir: str) -> list[Change]:
+    """The settings in which a resumed run differs from the recipe that its folder holds, as `changes_of` has them.
+
+    Raises:
+        ConfigError: there is no saved recipe, or a setting may not change.
+    """
+    store = open_store(run_dir)
+    saved = next((entry for entry in store.list(RECIPE_FILE) if entry.name == RECIPE_FILE), None)
+    if saved is None:
+        raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
+    return changes_of(from_json(store.fetch([saved])[0].decode()), recipe, run_dir)
 
 
 def resolve_run_dir(recipe: Recipe, name: str) -> str:

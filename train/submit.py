@@ -91,7 +91,8 @@ def submit(submission: Submission, name: str, console: Console) -> tuple[JobSubm
     # Ray kills a stopped job after 3 s unless told otherwise: too short to save.
     env = {"RAY_JOB_STOP_WAIT_TIME_S": str(submission.stop_wait_s)} | pairs("--env", submission.env)
     recipe = placed(submission.recipe, submission_id)
-    named = recipe.data.manifest or (recipe.data.images and recipe.data.labels)
+    resumed = recipe.trainer.resume and recipe.demo is None  # the run's folder names the data
+    named = recipe.data.manifest or (recipe.data.images and recipe.data.labels) or resumed
     if not named and recipe.demo is None:
         raise ConfigError(
             f"expected two URIs, --data.images and --data.labels, found images {recipe.data.images!r} and labels "

@@ -160,7 +160,9 @@ def test_a_run_from_a_manifest_is_kept_in_a_bucket_and_gone_on_with_there_and_on
     assert saved["trainer"]["epochs"] == 2
     names = {entry.name.split("/")[-1] for entry in open_store(run_dir).list()}
     assert {"state.pt", "latest.json", "metrics.json", "manifest.parquet", "recipe.json", "report.html"} <= names
-    assert [event.kind for event in read_events(run_dir)] == ["start", "end", "start", "end"]
+    told = read_events(run_dir)
+    assert [event.kind for event in told] == ["start", "end", "setting", "start", "end"]
+    assert told[2].text == "trainer.epochs 1 -> 2 at step 13"
     assert len(read_steps(run_dir)) == 2
     tracking = reach(mlflow, run_dir, resumed=True)
     tracked = tracking.client.get_run(tracking.run_id)
