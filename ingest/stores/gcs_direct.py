@@ -158,7 +158,7 @@ class DirectReader:
     def _asked_by_curl(self, asks: Sequence[Ask]) -> list[Outcome | None]:
         headers = call(
             self.config,
-            authorization,
+            lambda: authorization(self.config.read_timeout_s),
             what=f"asking for a token to read gs://{self.bucket}",
             permission="storage.objects.get",
         )

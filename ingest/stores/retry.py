@@ -29,7 +29,8 @@ class PassingError(Exception):
 
     Attributes:
         kind: ``refused``, ``reset``, ``timeout``, ``cut`` (the connection ended within a body), ``truncated`` (a whole
-            answer of the wrong length), ``checksum``, ``absent`` (a 404 for what is there) or ``status-NNN``.
+            answer of the wrong length), ``checksum``, ``absent`` (a 404 for what is there), ``token`` (the server that
+            renews credentials failed) or ``status-NNN``.
         detail: what the server or library said.
         retry_after_s: the wait the server asked for, None where it said nothing.
     """
