@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import google.auth.exceptions
 import google.auth.transport.requests
@@ -75,10 +75,9 @@ PAGE = "<html><title>Error 502 (Server Error)!!1</title></html>"
 
 
 @pytest.fixture
-def no_google_backoff(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_google_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """google-auth waits a second between tries of its own."""
     monkeypatch.setattr("google.auth._exponential_backoff.time.sleep", lambda _seconds: None)
-    yield
 
 
 def renewed(make: Callable[[str], object], url: str, monkeypatch: pytest.MonkeyPatch) -> str:
