@@ -15,7 +15,7 @@ from .augment import AugmentConfig
 from .clean import sweep_run
 from .crop import CropConfig, Shape
 from .decode import DecodeConfig, LabelMap, Volume, decode_case
-from .errors import ConfigError, DecodeError
+from .errors import ConfigError, DecodeError, ObjectError
 from .index import index_cases, look_up_cases
 from .listing import list_objects
 from .manifest import Manifest, cases_of
@@ -173,7 +173,7 @@ def _inspect_sample(manifest: Manifest, config: InspectConfig, console: Console)
                 image_name=images.uri_of(case.image.name),
                 label_name=labels.uri_of(case.label.name),
             )
-        except DecodeError as error:
+        except (DecodeError, ObjectError) as error:
             bad.append(str(error))
             continue
         shapes[image_CDHW.shape] += 1

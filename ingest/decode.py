@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from . import gunzip
 from .errors import ConfigError, DecodeError
 
 # The .npy format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
@@ -112,13 +113,22 @@ def _parse_header_text(text: bytes) -> NpyHeader:
 def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """View the bytes as a 4-D array of `dtype`; nothing is allocated, so a lying header costs nothing.
 
+    Bytes that are gzip are decompressed first: stores hand on what is stored, which size and checksum are of.
+
     Returns:
         A read-only (C, D, H, W) view of `data`, C- or Fortran-ordered as the header says.
 
     Raises:
-        DecodeError: pickled objects, another dtype, not 4-D, an empty axis, or a length that is not the one
-            that the header calls for.
+        DecodeError: damaged gzip, pickled objects, another dtype, not 4-D, an empty axis, or a length that is not
+            the one that the header calls for.
     """
+    if data[:2] == gunzip.MAGIC:
+        try:
+            data = gunzip.gunzip(data)
+        except ValueError as error:
+            raise DecodeError(
+                f"{name}: expected an .npy file, compressed or not, found {error}; upload it anew", "gzip"
+            ) from error
     header, offset = parse_npy(data, name)
     if header.dtype.hasobject:
         raise DecodeError(

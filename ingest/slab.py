@@ -269,16 +269,21 @@ def boxes_of(name: str, data: Buffer, label_1DHW: LabelMap) -> Boxes:
 
 
 def look_up(images: Store, labels: Store, case: Case) -> Known | None:
-    """Read what a manifest may say of a case: both headers, and the label whole; None where it cannot be had.
+    """Read what a manifest may say of a case: both headers, and the label whole; None where they do not say it.
 
     Raises:
+        ObjectError: an object of the case cannot be read.
         StoreError: a store as a whole cannot be read.
     """
     try:
         layout = _layout(images, labels, case)
         (body,) = _unless_bad(labels.fetch_each([case.label]), "label")
         label_1DHW: LabelMap = read_array(body, case.label.name, LABEL_DTYPE)
-    except (_BadCaseError, DecodeError):
+    except _BadCaseError as error:
+        if isinstance(error.case.error, ObjectError):
+            raise error.case.error from error
+        return None
+    except DecodeError:
         return None
     return None if layout is None else Known(layout, foreground_boxes(label_1DHW))
 

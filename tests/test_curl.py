@@ -103,7 +103,8 @@ def test_over_tls_an_authority_that_is_known_is_trusted_and_no_other(
             (outcome,) = pool.get([Get(f"{server.url}/x", 2)])
             pool.close()
             if known:
-                assert outcome == Answer(200, b"/x", 2, None)
+                assert isinstance(outcome, Answer)
+                assert outcome[:4] == (200, b"/x", 2, None)
             else:
                 assert isinstance(outcome, PassingError)
                 assert outcome.kind == "refused"
@@ -158,7 +159,10 @@ def test_after_a_refusal_the_rest_of_its_batch_is_not_sent() -> None:
         outcomes = pool.get([Get(f"{server.url}/{number}", 1) for number in range(20)])
         assert server.requests == 1
     pool.close()
-    assert outcomes == [Answer(403, b"no", 2, None)] + [None] * 19
+    refused, *rest = outcomes
+    assert isinstance(refused, Answer)
+    assert refused[:4] == (403, b"no", 2, None)
+    assert rest == [None] * 19
 
 
 def test_a_closed_pool_ends_what_is_under_way_and_takes_no_more(pool: CurlPool) -> None:

@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "data.augment": _SAMPLES,
     "data.decode": _SAMPLES,
     "data.holdout_fraction": _HELD_OUT,
+    "data.subject_pattern": _HELD_OUT,
     "data.holdout_cases": _HELD_OUT,
     "data.blocks_in_flight": _READING,
     "data.task_cpus": _READING,

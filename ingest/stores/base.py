@@ -25,6 +25,8 @@ class ObjectMeta(NamedTuple):
             ns); None where the listing carried none.
         crc32c: of the whole object, as an unsigned 32-bit number; None where the listing carried none.
         storage_class: as the store names it; None where there is no such thing.
+        content_encoding: what the object is stored with, such as ``gzip``; size and checksum are of the stored bytes,
+            and those are what a fetch returns. None where there is none, or where it is not known.
     """
 
     name: str
@@ -32,6 +34,7 @@ class ObjectMeta(NamedTuple):
     generation: int | None = None
     crc32c: int | None = None
     storage_class: str | None = None
+    content_encoding: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,10 +150,12 @@ class StoreConfig:
     """Time to open one connection."""
 
     read_timeout_s: float = 60.0
-    """Time one request may take without an answer."""
+    """Time for which one request may be silent: no byte of its answer has come. A body may take any time as long as
+    it comes; one that is cut is continued from where it ended."""
 
     retry_deadline_s: float = 120.0
-    """Time after which a call that keeps failing in a passing way (408, 429, 5xx, resets) is given up."""
+    """Time after which a call that keeps failing in a passing way (408, 429, 5xx, resets) is given up. It counts from
+    the last try that brought at least a hundredth of the body, where a body is continued."""
 
     retry_first_s: float = 0.25
     """Upper bound of the first wait between tries; each wait is uniform from 0 to its bound (full jitter)."""

@@ -5,6 +5,7 @@ Measured with 2,400 pairs of 160 KB from the embedded server, 16 in flight: 0.18
 
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
 import os
@@ -58,6 +59,7 @@ class Answer(NamedTuple):
         object_bytes: of the whole object, by the headers; None where they do not say.
         retry_after: as the header has it.
         span: of a part of an object, the first byte and the one after the last, by the headers; None for a whole one.
+        head: the headers as they came, for whoever needs more of them.
     """
 
     status: int
@@ -65,6 +67,36 @@ class Answer(NamedTuple):
     object_bytes: int | None
     retry_after: str | None
     span: tuple[int, int] | None = None
+    head: bytes = b""
+
+    def generation(self) -> int | None:
+        """Of the object that was read, by its own headers; None where they do not say."""
+        found = _GENERATION.search(self.head)
+        return int(found.group(1)) if found else None
+
+    def crc32c(self) -> int | None:
+        """Of the whole object, also where this is a part of it; None where the headers do not say."""
+        found = _CRC32C.search(self.head)
+        try:
+            return int.from_bytes(base64.b64decode(found.group(1), validate=True), "big") if found else None
+        except ValueError:
+            return None
+
+
+_GENERATION = re.compile(rb"^x-goog-generation: *(\d+)", re.IGNORECASE | re.MULTILINE)
+_CRC32C = re.compile(rb"^x-goog-hash:[^\r\n]*\bcrc32c=([A-Za-z0-9+/]+=*)", re.IGNORECASE | re.MULTILINE)
+
+
+class CutError(PassingError):
+    """The connection ended, or fell silent, within the body of a success.
+
+    Attributes:
+        answer: what came of it.
+    """
+
+    def __init__(self, kind: str, detail: str, answer: Answer) -> None:
+        super().__init__(kind, detail)
+        self.answer = answer
 
 
 class PoolClosedError(RuntimeError):
@@ -113,10 +145,13 @@ class _Transfer:
         self.batch, self.position = _NOTHING, 0
         self.body.clear()
         self.head.clear()
+        self.progress: tuple[int, int] = (0, 0)
+        self.progress_s = 0.0
 
     def begin(self, batch: _Batch, position: int) -> None:
         get = batch.gets[position]
         self.batch, self.position = batch, position
+        self.progress_s = time.monotonic()
         handle = self.handle
         handle.setopt(pycurl.URL, get.url.encode())
         handle.setopt(pycurl.HTTPHEADER, list(get.headers))
@@ -130,7 +165,8 @@ class _Transfer:
     def answer(self, *, cut: bool = False) -> Answer:
         status, body = int(self.handle.getinfo(pycurl.RESPONSE_CODE)), b"".join(self.body)
         if status == 200 and not cut and len(body) == self.batch.gets[self.position].expected_bytes:
-            return Answer(status, body, len(body), None)  # by far the most: looking into headers costs a tenth of a GET
+            # By far the most: looking into headers here costs a tenth of a GET.
+            return Answer(status, body, len(body), None, None, b"".join(self.head))
         head = b"".join(self.head)
         total = re.search(rb"^content-range: *bytes [^/]*/(\d+)", head, re.IGNORECASE | re.MULTILINE)
         part = re.search(rb"^content-range: *bytes (\d+)-(\d+)/", head, re.IGNORECASE | re.MULTILINE)
@@ -143,7 +179,16 @@ class _Transfer:
             int(announced.group(1)) if announced else None,
             after.group(1).decode("latin-1").strip() if after else None,
             (int(part.group(1)), int(part.group(2)) + 1) if part else None,
+            head,
         )
+
+    def silent(self, now_s: float, read_timeout_s: float) -> bool:
+        """Whether nothing has come for so long; the time until a connection is there has a limit of its own."""
+        progress = (len(self.head), len(self.body))
+        if progress != self.progress or not self.handle.getinfo(pycurl.PRETRANSFER_TIME):
+            self.progress, self.progress_s = progress, now_s
+            return False
+        return now_s - self.progress_s >= read_timeout_s
 
     def error(self, code: int, text: str) -> Outcome:
         if code == pycurl.E_FILESIZE_EXCEEDED:
@@ -153,9 +198,13 @@ class _Transfer:
             return PassingError("refused", f"{server} takes no connection")
         if code in _REFUSED or code in _EXPLAINED:  # by a proxy, or by ourselves
             return PassingError("refused", text)
-        if code == pycurl.E_OPERATION_TIMEDOUT:
-            return PassingError("timeout", text)
-        return PassingError("cut" if self.body or code == pycurl.E_PARTIAL_FILE else "reset", text)
+        kind = "timeout" if code == pycurl.E_OPERATION_TIMEDOUT else "reset"
+        if kind == "reset" and (self.body or code == pycurl.E_PARTIAL_FILE):
+            kind = "cut"
+        answer = self.answer(cut=True) if self.body else None
+        if answer is not None and answer.status in (200, 206):
+            return CutError(kind, f"{text} ({len(answer.body):,} bytes of the body had come)", answer)
+        return PassingError(kind, text)
 
 
 class CurlPool:
@@ -176,17 +225,17 @@ class CurlPool:
             (pycurl.NOSIGNAL, 1),
             (pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS),
             (pycurl.TCP_KEEPALIVE, 1),
-            (pycurl.TIMEOUT_MS, max(1, round(1000 * read_timeout_s))),
             (pycurl.USERAGENT, user_agent),
         )
         self._in_flight = in_flight
+        self._read_timeout_s = read_timeout_s
         self._lock = threading.Lock()
         self._waiting: collections.deque[tuple[_Batch, int]] = collections.deque()
         self._thread: threading.Thread | None = None
         self._closing = False
 
     def get(self, gets: Sequence[Get]) -> list[Outcome | None]:
-        """Send these and wait for all of them.
+        """Send these and wait for all of them, however long their bodies take as long as they come.
 
         Returns:
             One entry a request, in the order given; None for those that were not sent any more after a 401, a 403, a
@@ -233,7 +282,7 @@ class CurlPool:
     def _serve(self) -> None:
         loop: _Loop | None = None
         try:
-            loop = _Loop(self._options, self._in_flight, self._wake_out)
+            loop = _Loop(self._options, self._in_flight, self._wake_out, self._read_timeout_s)
             while not self._closing:
                 loop.start(self._waiting)
                 loop.turn()
@@ -255,8 +304,14 @@ class CurlPool:
 class _Loop:
     """libcurl's sockets and timer, watched by a selector. Of one thread only."""
 
-    def __init__(self, options: Sequence[tuple[int, Any]], in_flight: int, wake: socket.socket) -> None:
+    def __init__(
+        self, options: Sequence[tuple[int, Any]], in_flight: int, wake: socket.socket, read_timeout_s: float
+    ) -> None:
         self._options = options
+        self._read_timeout_s = read_timeout_s
+        # libcurl's own LOW_SPEED_TIME counts whole seconds, and a mean over five of them.
+        self._look_every_s = read_timeout_s / 8
+        self._look_s = time.monotonic() + self._look_every_s
         self._wake = wake
         self._selector = selectors.DefaultSelector()
         self._selector.register(wake, _READ)
@@ -286,6 +341,9 @@ class _Loop:
     def turn(self) -> None:
         """Wait for something to happen, and see to it."""
         timeout_s = None if self._due_s is None else max(0.0, self._due_s - time.monotonic())
+        if self._active:
+            look_s = max(0.0, self._look_s - time.monotonic())
+            timeout_s = look_s if timeout_s is None else min(timeout_s, look_s)
         for key, events in self._selector.select(timeout_s):
             if key.fileobj is self._wake:
                 self._wake.recv(4096)
@@ -302,6 +360,16 @@ class _Loop:
                 self._end(handle, None)
             for handle, code, text in bad:
                 self._end(handle, (code, text))
+        if time.monotonic() >= self._look_s:  # after what has come was taken, however late we are
+            self._end_silent()
+
+    def _end_silent(self) -> None:
+        now_s = time.monotonic()
+        self._look_s = now_s + self._look_every_s
+        silent = [handle for handle, each in self._active.items() if each.silent(now_s, self._read_timeout_s)]
+        for handle in silent:
+            text = f"no byte came for {self._read_timeout_s:g} s, which is read_timeout_s"
+            self._end(handle, (pycurl.E_OPERATION_TIMEDOUT, text))
 
     def batches(self) -> dict[int, _Batch]:
         """Those with requests in flight, by identity."""
@@ -324,7 +392,11 @@ class _Loop:
         batch = transfer.batch
         outcome = transfer.answer() if error is None else transfer.error(*error)
         batch.outcomes[transfer.position] = outcome
-        if outcome.status in _NOT_ALLOWED if isinstance(outcome, Answer) else outcome.kind in _HOPELESS:
+        if isinstance(outcome, Answer):
+            hopeless = outcome.status in _NOT_ALLOWED
+        else:  # a server that sends a part of a body has not gone
+            hopeless = outcome.kind in _HOPELESS and not isinstance(outcome, CutError)
+        if hopeless:
             batch.refused = True
         del self._active[handle]
         transfer.forget()

@@ -23,7 +23,7 @@ from .gcs_probe import Settled, settle
 
 logger = logging.getLogger(__name__)
 
-_FIELDS = "items(name,size,generation,crc32c,storageClass),nextPageToken"
+_FIELDS = "items(name,size,generation,crc32c,storageClass,contentEncoding),nextPageToken"
 _LISTING_THREADS = 10  # connections that google-cloud-storage's client keeps open
 
 Listed = list[ObjectMeta]
@@ -209,6 +209,7 @@ class GCSStore(BaseStore):
             generation=int(blob.generation) if blob.generation is not None else None,
             crc32c=int.from_bytes(base64.b64decode(blob.crc32c), "big") if blob.crc32c else None,
             storage_class=blob.storage_class,
+            content_encoding=blob.content_encoding or None,
         )
 
     def fetch_each(self, objects: Sequence[ObjectMeta]) -> Bodies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -22,6 +23,7 @@ T = TypeVar("T")
 # Without it google-cloud-storage 3 asks for the bucket's metadata from a background thread at each client's start.
 _NO_BUCKET_METADATA = "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"
 _USER_AGENT = "voxflux dataflux/1.0"
+_TOKEN_TIMEOUT_S = 30.0
 
 
 class _Cache:
@@ -118,8 +120,11 @@ def object_url(bucket: str, key: str, generation: int | None) -> str:
     return place if generation is None else f"{place}?generation={generation}"
 
 
-def authorization() -> tuple[str, ...]:
+def authorization(timeout_s: float = _TOKEN_TIMEOUT_S) -> tuple[str, ...]:
     """The header that goes with a request; none for an emulator.
+
+    Args:
+        timeout_s: silence of the server that renews tokens after which it is given up.
 
     Raises:
         google.auth.exceptions.GoogleAuthError: no credentials, or they cannot be renewed.
@@ -127,7 +132,7 @@ def authorization() -> tuple[str, ...]:
     if emulator_url():
         return ()
     tokens: _GoogleTokens = _CACHE.get(("tokens",), _GoogleTokens)
-    return (f"Authorization: Bearer {tokens.current()}",)
+    return (f"Authorization: Bearer {tokens.current(timeout_s)}",)
 
 
 def pool(kind: str, threads: int) -> ThreadPoolExecutor:
@@ -158,11 +163,12 @@ class _GoogleTokens:
         self._credentials: Any = google.auth.default(scopes=[scope])[0]
         self._lock = threading.Lock()
 
-    def current(self) -> str:
+    def current(self, timeout_s: float) -> str:
         """A token that is valid now."""
         from google.auth.transport.requests import Request
 
         with self._lock:
             if not self._credentials.valid:
-                self._credentials.refresh(Request())
+                # google-auth's own time-out of 120 s would take the whole of our retry deadline for one try.
+                self._credentials.refresh(functools.partial(Request(), timeout=timeout_s))
             return str(self._credentials.token)

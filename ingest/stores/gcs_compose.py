@@ -55,7 +55,8 @@ class ComposeReader:
         small: list[int] = []
         single: list[int] = []
         for position, meta in enumerate(objects):
-            composable = 0 < meta.size_bytes <= config.compose_max_bytes // 2
+            # Of objects stored with an encoding the parts of a composite have none, and it is read as if it had none.
+            composable = 0 < meta.size_bytes <= config.compose_max_bytes // 2 and meta.content_encoding is None
             (small if composable else single).append(position)
         chunks = _chunks(small, objects, config.compose_max_bytes)
         single += [chunk[0] for chunk in chunks if len(chunk) == 1]

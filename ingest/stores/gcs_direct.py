@@ -20,7 +20,7 @@ from ..errors import (
     StoreError,
 )
 from .base import Bodies, ObjectMeta, Pieces, RangeRequest, StoreConfig, joined, parted
-from .curl import Answer, Get, Outcome, PoolClosedError
+from .curl import Answer, CutError, Get, Outcome, PoolClosedError
 from .gcs_clients import authorization, curl_pool, google_blob, google_client, object_url, pool, timeouts_s
 from .gcs_errors import AbsentError, RefusalError, call, status_of
 from .retry import PassingError
@@ -29,11 +29,61 @@ IN_FLIGHT = 32
 """Requests in flight a process where neither the configuration nor a probe says how many."""
 
 
+# So GCS sends a compressed object as it is stored, which is what size, checksum and ranges are of.
+# https://cloud.google.com/storage/docs/transcoding
+AS_STORED = "Accept-Encoding: gzip"
+
+
 class Ask(NamedTuple):
     """An object, or the part of it from the first to before the second byte of `span`."""
 
     meta: ObjectMeta
     span: tuple[int, int] | None = None
+
+
+class _Read:
+    """An ask on its way: what has come of a body that was cut, and of which generation it is."""
+
+    __slots__ = ("ask", "body", "generation")
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.body = b""
+        self.generation: int | None = None
+
+    def rest(self) -> Ask:
+        """What is still to be asked for, of the generation of what has come."""
+        if not self.body:
+            return self.ask
+        meta, span = self.ask
+        start, stop = span or (0, meta.size_bytes)
+        return Ask(meta._replace(generation=self.generation), (start + len(self.body), stop))
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.body = b""
+        self.generation = None
+
+    def kept(self, cut: CutError) -> PassingError:
+        """Keep what has come, if it is known to be of one generation and from where it was asked for."""
+        meta, asked = self.rest()
+        generation, answer = cut.answer.generation(), cut.answer
+        wanted_bytes = meta.size_bytes if asked is None else asked[1] - asked[0]
+        fits = (
+            generation is not None
+            and meta.generation in (None, generation)
+            and answer.object_bytes in (None, meta.size_bytes)
+            and (answer.span == asked)
+            and len(answer.body) < wanted_bytes
+        )
+        if not fits:
+            self.forget()
+            return cut
+        self.generation = generation
+        self.body += answer.body
+        whole_bytes = meta.size_bytes if self.ask.span is None else self.ask.span[1] - self.ask.span[0]
+        cut.progressed = 100 * len(answer.body) >= whole_bytes  # so that a body is continued a hundred times at most
+        return cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,9 +113,27 @@ class DirectReader:
             StoreError: the bucket as a whole cannot be read; what was still to do is left.
         """
         runs = joined(requests, self.config.range_gap_bytes, self.config.range_most_bytes)
-        bodies = self._each([Ask(run[0].meta, (run[0].start, run[-1].stop)) for run in runs])
+        asks = [Ask(run[0].meta, (run[0].start, run[-1].stop)) for run in runs]
+        # Where the listing tells no generation the first part does, and the other parts are pinned to it.
+        firsts: dict[ObjectMeta, int] = {}
+        for position, ask in enumerate(asks):
+            if ask.meta.generation is None:
+                firsts.setdefault(ask.meta, position)
+        pinned: dict[ObjectMeta, int | None] = {}
+        done: dict[int, bytes | ObjectError] = {}
+        if firsts:
+            met: list[int | None] = [None] * len(firsts)
+            done = dict(zip(firsts.values(), self._each([asks[at] for at in firsts.values()], met), strict=True))
+            pinned = dict(zip(firsts, met, strict=True))
+        rest = [position for position in range(len(asks)) if position not in done]
+        later = [
+            Ask(ask.meta._replace(generation=pinned.get(ask.meta, ask.meta.generation)), ask.span)
+            for ask in (asks[position] for position in rest)
+        ]
+        done.update(zip(rest, self._each(later), strict=True))
         pieces: Pieces = []
-        for run, body in zip(runs, bodies, strict=True):
+        for position, run in enumerate(runs):
+            body = done[position]
             pieces.extend([body] * len(run) if isinstance(body, ObjectError) else parted(run, body))
         return pieces
 
@@ -77,28 +145,36 @@ class DirectReader:
         """
         return self._each([Ask(meta)])[0]
 
-    def _each(self, asks: Sequence[Ask]) -> Bodies:
-        """All at once by libcurl; what does not come whole and right at once is then seen to one by one."""
+    def _each(self, asks: Sequence[Ask], met: list[int | None] | None = None) -> Bodies:
+        """All at once by libcurl; what does not come whole and right at once is then seen to one by one.
+
+        Args:
+            asks: what to read.
+            met: takes the generation of each that was read; None where nobody asks.
+        """
+        reads = [_Read(ask) for ask in asks]
         plain = [position for position, ask in enumerate(asks) if _is_plain(self.prefix + ask.meta.name)]
         outcomes = dict(zip(plain, self._asked_by_curl([asks[position] for position in plain]), strict=True))
         given: dict[int, bytes | ObjectError] = {}
         for position, outcome in outcomes.items():
             # What is not right goes on to `_read`, as its first try.
-            with contextlib.suppress(PassingError, RefusalError, ObjectError):
-                if outcome is not None:
-                    given[position] = self._checked(outcome, asks[position])
-        self._read_rest([position for position in range(len(asks)) if position not in given], asks, outcomes, given)
+            if isinstance(outcome, Answer):
+                with contextlib.suppress(PassingError, RefusalError, ObjectError):
+                    given[position] = self._checked(outcome, reads[position])
+        self._read_rest([position for position in range(len(asks)) if position not in given], reads, outcomes, given)
+        if met is not None:
+            met[:] = [read.generation for read in reads]
         return [given[position] for position in range(len(asks))]
 
     def _read_rest(
         self,
         rest: Sequence[int],
-        asks: Sequence[Ask],
+        reads: Sequence[_Read],
         outcomes: dict[int, Outcome | None],
         given: dict[int, bytes | ObjectError],
     ) -> None:
         if len(rest) <= 1:
-            given.update((position, self._read(asks[position], outcomes.get(position))) for position in rest)
+            given.update((position, self._read(reads[position], outcomes.get(position))) for position in rest)
             return
         in_flight = _in_flight(self.config)
         threads = pool("direct", in_flight)
@@ -111,7 +187,7 @@ class DirectReader:
                 if failed:
                     return
                 try:
-                    given[position] = self._read(asks[position], outcomes.get(position))
+                    given[position] = self._read(reads[position], outcomes.get(position))
                 except StoreError as error:
                     failed.append(error)
 
@@ -121,20 +197,22 @@ class DirectReader:
         if failed:
             raise failed[0]
 
-    def _read(self, ask: Ask, outcome: Outcome | None) -> bytes | ObjectError:
+    def _read(self, read: _Read, outcome: Outcome | None) -> bytes | ObjectError:
         """Read under the retry policy, whose first try gave `outcome` where that is not None."""
-        key = self.prefix + ask.meta.name
+        meta = read.ask.meta
+        key = self.prefix + meta.name
         # A token may have run out while the request waited for its turn: a 401 is asked again with a new one.
         stale_token = isinstance(outcome, Answer) and outcome.status == 401
         first = [] if outcome is None or stale_token else [outcome]
 
         def attempt() -> bytes:
             try:
-                return self._checked(first.pop() if first else self._asked(ask), ask)
+                return self._checked(first.pop() if first else self._asked(read.rest()), read)
             except (google.api_core.exceptions.GoogleAPICallError, RefusalError) as error:
                 if status_of(error) not in (404, 416):  # 416: the range begins after the end of what is there now
                     raise
-                raise self._why_absent(ask.meta, str(error).partition("\n")[0]) from error
+                read.forget()  # what had come may be of a generation that is gone
+                raise self._why_absent(meta, str(error).partition("\n")[0]) from error
 
         try:
             return call(
@@ -151,17 +229,25 @@ class DirectReader:
             return outcome
         blob = google_blob(self.config, self.bucket, key, ask.meta.generation)
         first, last = (None, None) if ask.span is None else (ask.span[0], ask.span[1] - 1)
-        timeout = timeouts_s(self.config)
-        body = blob.download_as_bytes(start=first, end=last, retry=None, timeout=timeout, checksum=None)
+        # Of a whole object the client compares the answer's own checksum; raw is as stored.
+        body = blob.download_as_bytes(
+            start=first,
+            end=last,
+            raw_download=True,
+            retry=None,
+            timeout=timeouts_s(self.config),
+            checksum="crc32c" if ask.span is None else None,
+        )
         return Answer(200, body, None, None)
 
     def _asked_by_curl(self, asks: Sequence[Ask]) -> list[Outcome | None]:
         headers = call(
             self.config,
-            authorization,
+            lambda: authorization(self.config.read_timeout_s),
             what=f"asking for a token to read gs://{self.bucket}",
             permission="storage.objects.get",
         )
+        headers = (*headers, AS_STORED)
         gets = [
             Get(
                 url=object_url(self.bucket, self.prefix + meta.name, meta.generation),
@@ -176,29 +262,57 @@ class DirectReader:
         except PoolClosedError as error:
             return [PassingError("reset", str(error)) for _ in gets]
 
-    def _checked(self, outcome: Outcome, ask: Ask) -> bytes:
-        """The body of an answer that is what was listed.
+    def _checked(self, outcome: Outcome, read: _Read) -> bytes:
+        """The body of an answer that is what was listed, and what its own headers say.
+
+        An answer's checksum is of the whole object: a part cannot be compared with it, a whole one put together of
+        parts can.
 
         Raises:
             PassingError: the connection failed, or the bytes are wrong.
             RefusalError: the answer is no success.
-            StaleManifestError: the object is of another size by now.
+            StaleManifestError: the object is of another size or generation by now.
         """
-        meta, span = ask
+        meta, span = read.ask
+        if isinstance(outcome, CutError):
+            raise read.kept(outcome)
         if isinstance(outcome, PassingError):
             raise outcome
         if outcome.status not in (200, 206):
             raise RefusalError(outcome)
+        if span is None and not read.body and meta.crc32c is not None and len(outcome.body) == meta.size_bytes:
+            # By far the most: bytes that match what was listed need no header.
+            found = google_crc32c.value(outcome.body)
+            if found == meta.crc32c:
+                return outcome.body
+        generation = outcome.generation()
+        if meta.generation is not None and generation not in (None, meta.generation):
+            raise self._stale(meta, f"generation {generation}")
         if outcome.object_bytes is not None and outcome.object_bytes != meta.size_bytes:
+            read.forget()
+            # The listed generation has the listed length for ever: then it is the answer that is wrong.
+            if generation is not None and generation == meta.generation:
+                raise PassingError(
+                    "truncated", f"an answer of {outcome.object_bytes:,} bytes of {meta.size_bytes:,} that were listed"
+                )
             raise self._stale(meta, f"{outcome.object_bytes:,} bytes")
-        if span is not None and outcome.span not in (None, span):
-            raise PassingError("truncated", f"bytes {outcome.span} instead of {span}")
-        body = outcome.body
+        if read.body and (generation != read.generation or outcome.span is None):
+            read.forget()
+            raise PassingError("cut", "a body that was cut cannot be continued; it is read from the start")
+        asked = read.rest().span
+        if asked is not None and outcome.span not in (None, asked):
+            read.forget()
+            raise PassingError("truncated", f"bytes {outcome.span} instead of {asked}")
+        body = read.body + outcome.body
         expected_bytes = meta.size_bytes if span is None else span[1] - span[0]
+        read.forget()
         if len(body) != expected_bytes:
             raise PassingError("truncated", f"{len(body):,} of {expected_bytes:,} bytes")
-        if span is None and meta.crc32c is not None and google_crc32c.value(body) != meta.crc32c:
-            raise PassingError("checksum", f"crc32c {google_crc32c.value(body):08x} instead of {meta.crc32c:08x}")
+        if span is None:
+            for crc32c in (meta.crc32c, outcome.crc32c()):
+                if crc32c is not None and google_crc32c.value(body) != crc32c:
+                    raise PassingError("checksum", f"crc32c {google_crc32c.value(body):08x} instead of {crc32c:08x}")
+        read.generation = generation
         return body
 
     def _why_absent(self, meta: ObjectMeta, detail: str) -> ObjectError | PassingError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import re
 import time
 from collections.abc import Callable
@@ -88,19 +89,91 @@ def translated(error: Exception, what: str, permission: str) -> StoreError | Pas
     detail = _detail_of(error)
     if status is not None:
         return _of_status(status, what, permission, detail, _retry_after_s(error))
-    if isinstance(error, google.auth.exceptions.DefaultCredentialsError) or "redential" in detail:
-        return CredentialsError(
-            f"{what}: expected Google credentials, found none ({detail}); run `gcloud auth application-default "
-            f"login`, set GOOGLE_APPLICATION_CREDENTIALS, or set STORAGE_EMULATOR_HOST for a local server"
-        )
-    if isinstance(error, google.auth.exceptions.RefreshError) and not error.retryable:
-        return _of_status(401, what, permission, detail, None)
+    if isinstance(error, google.auth.exceptions.GoogleAuthError):
+        return _of_credentials(error, what, permission, detail)
     if isinstance(error, google.cloud.storage.exceptions.DataCorruption):
         return PassingError("checksum", detail)
     kind = _connection_kind(error)
     if kind == "refused":
         detail = f"{server_name()} takes no connection"
     return PassingError(kind, detail)
+
+
+def _of_credentials(
+    error: google.auth.exceptions.GoogleAuthError, what: str, permission: str, detail: str
+) -> StoreError | PassingError:
+    if isinstance(error, google.auth.exceptions.DefaultCredentialsError):
+        return CredentialsError(
+            f"{what}: expected Google credentials, found none ({detail}); run `gcloud auth application-default "
+            f"login`, set GOOGLE_APPLICATION_CREDENTIALS, or set STORAGE_EMULATOR_HOST for a local server"
+        )
+    if passes(error):
+        return PassingError("token", f"no token for now: {detail}")
+    return _of_status(401, what, permission, detail, None)
+
+
+_PASSING_AUTH = (
+    google.auth.exceptions.TransportError,
+    google.auth.exceptions.TimeoutError,
+    google.auth.exceptions.ResponseError,
+    requests.exceptions.RequestException,
+    urllib3.exceptions.HTTPError,
+    TimeoutError,
+    ConnectionError,
+)
+# https://www.rfc-editor.org/rfc/rfc6749#section-4.1.2.1, and Google's own
+_PASSING_OAUTH = frozenset({"internal_failure", "server_error", "temporarily_unavailable"})
+
+
+def passes(error: google.auth.exceptions.GoogleAuthError) -> bool:
+    """Whether a token that could not be had may be had later: the token server was not reached, or failed itself.
+
+    google-auth hides that well. A metadata server's 503 arrives as a RefreshError whose cause and first argument are
+    a TransportError; a refusal by IAM carries the body of the answer as its second argument, and no status. The flag
+    `retryable` is set by some paths only.
+    """
+    current: BaseException | None = error
+    seen: set[int] = set()
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if getattr(current, "retryable", False):
+            return True
+        by_answer = _answer_passes(current) if isinstance(current, google.auth.exceptions.GoogleAuthError) else None
+        if by_answer is not None:
+            return by_answer
+        if isinstance(current, _PASSING_AUTH):
+            return True
+        inner = current.args[0] if current.args and isinstance(current.args[0], BaseException) else None
+        current = current.__cause__ or inner
+    return False
+
+
+def _answer_passes(error: google.auth.exceptions.GoogleAuthError) -> bool | None:
+    """By the token server's answer that an error carries; None where it carries none that tells."""
+    answer = error.args[1] if len(error.args) > 1 else None
+    status = getattr(answer, "status", None)
+    if isinstance(status, int):
+        return _status_passes(status)
+    body = answer
+    if isinstance(body, str):
+        try:
+            body = json.loads(body)
+        except ValueError:
+            return True  # a refusal is JSON; anything else is a gateway's, in the server's stead
+    elif answer is None and error.args and isinstance(error.args[0], str) and error.args[0].lstrip().startswith("<"):
+        return True  # the same, where the page itself is the message
+    if not isinstance(body, dict):
+        return None
+    said = body.get("error")
+    if isinstance(said, dict):
+        return isinstance(said.get("code"), int) and _status_passes(said["code"])
+    if said is None:
+        return None
+    return str(said) in _PASSING_OAUTH or str(body.get("error_description")) in _PASSING_OAUTH
+
+
+def _status_passes(status: int) -> bool:
+    return status in PASSING_STATUSES or status >= 500
 
 
 def _of_status(

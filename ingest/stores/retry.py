@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import logging
 import math
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -29,10 +30,14 @@ class PassingError(Exception):
 
     Attributes:
         kind: ``refused``, ``reset``, ``timeout``, ``cut`` (the connection ended within a body), ``truncated`` (a whole
-            answer of the wrong length), ``checksum``, ``absent`` (a 404 for what is there) or ``status-NNN``.
+            answer of the wrong length), ``checksum``, ``absent`` (a 404 for what is there), ``token`` (the server that
+            renews credentials failed) or ``status-NNN``.
         detail: what the server or library said.
         retry_after_s: the wait the server asked for, None where it said nothing.
+        progressed: whether this try brought a good part of what was asked for, from where the next one goes on.
     """
+
+    progressed = False
 
     def __init__(self, kind: str, detail: str, retry_after_s: float | None = None) -> None:
         super().__init__(kind, detail, retry_after_s)
@@ -71,10 +76,13 @@ class _Wait(tenacity.wait.wait_base):
     """Full jitter, or what the server asked for when that is longer."""
 
     def __init__(self, config: StoreConfig) -> None:
+        self._first_s = config.retry_first_s
         self._jitter = tenacity.wait_random_exponential(multiplier=config.retry_first_s, max=config.retry_longest_s)
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:
         error = _error_of(retry_state)
+        if error and error.progressed:
+            return random.uniform(0, self._first_s)
         return max(self._jitter(retry_state), (error and error.retry_after_s) or 0.0)
 
 
@@ -87,6 +95,7 @@ class _Stop:
         self._before_s = before_s
         self.only_refused = True
         self._corrupt = 0
+        self._progress_s = 0.0
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
         error = _error_of(retry_state)
@@ -94,7 +103,10 @@ class _Stop:
         self.only_refused = self.only_refused and kind == "refused"
         self._corrupt += kind in _CORRUPT_KINDS
         deadline_s = self._config.retry_deadline_s
-        waited_s = self._before_s + (retry_state.seconds_since_start or 0.0) + retry_state.upcoming_sleep
+        spent_s = self._before_s + (retry_state.seconds_since_start or 0.0)
+        if error and error.progressed:
+            self._progress_s = spent_s
+        waited_s = spent_s - self._progress_s + retry_state.upcoming_sleep
         if self.only_refused:
             # One call waits for the server to come up; those queued behind it need not each wait again.
             given_up_s = _GIVEN_UP_S.get(error.detail if error else "", -math.inf)
@@ -177,5 +189,13 @@ def with_retries(config: StoreConfig, attempt: Callable[[], T], *, what: str, tr
             ) from error
         raise UnreachableError(
             f"{what}: expected an answer within {config.retry_deadline_s:g} s, found a failure in {tried}, at last "
-            f"{error.detail}; try again later, lower the requests in flight, or raise retry_deadline_s"
+            f"{error.detail}; {_advice(error.kind)}"
         ) from error
+
+
+def _advice(kind: str) -> str:
+    if kind == "timeout":
+        return "if the server may be silent for longer, raise read_timeout_s, and retry_deadline_s above it"
+    if kind == "token":
+        return "check that the server that renews the credentials is up, or raise retry_deadline_s"
+    return "try again later, lower the requests in flight, or raise retry_deadline_s"
