@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -17,7 +17,7 @@ class EpochPart:
 
     Attributes:
         epoch: which one.
-        indices: (n,) int64, the cases trained on, in the order they were.
+        indices: (n,) int64, the cases trained on, each once.
         loss_sum: sum of the cases' losses.
         steps: optimiser steps that took part.
     """
@@ -28,23 +28,33 @@ class EpochPart:
     steps: int = 0
 
     def to_bytes(self) -> bytes:
-        """As an `.npz`; `from_bytes` reads it."""
+        """The part as an `.npz` whose cases are a bitmap; `from_bytes` reads it, with the cases in ascending order."""
+        trained = np.zeros(int(self.indices.max()) + 1 if len(self.indices) else 0, dtype=bool)
+        trained[self.indices] = True
         file = io.BytesIO()
         np.savez_compressed(
-            file, epoch=self.epoch, indices=self.indices, loss_sum=np.float64(self.loss_sum), steps=self.steps
+            file, epoch=self.epoch, bitmap=np.packbits(trained), loss_sum=np.float64(self.loss_sum), steps=self.steps
         )
         return file.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> EpochPart:
-        """Read what `to_bytes` made; nothing is unpickled."""
+        """Read what `to_bytes` made, in this version or in earlier ones, which kept indices; nothing is unpickled.
+
+        Raises:
+            ValueError, KeyError, zipfile.BadZipFile: `data` is something else, or damaged.
+        """
         with np.load(io.BytesIO(data), allow_pickle=False) as saved:
+            indices = saved["indices"] if "indices" in saved else np.flatnonzero(np.unpackbits(saved["bitmap"]))
             return cls(
                 int(saved["epoch"]),
-                saved["indices"].astype(np.int64),
+                indices.astype(np.int64, copy=False),
                 float(saved["loss_sum"]),
                 int(saved["steps"]),
             )
+
+    def __reduce__(self) -> tuple[Callable[[bytes], EpochPart], tuple[bytes]]:
+        return EpochPart.from_bytes, (self.to_bytes(),)  # a bit a case between ranks, where an index is eight bytes
 
 
 def join(parts: Iterable[EpochPart]) -> EpochPart:
@@ -77,18 +87,17 @@ class EpochRecorder:
             keeps_before: whether this rank's part includes `before`: one rank's does, so that none is lost.
         """
         self.epoch = epoch
-        self._seen = np.zeros(cases, dtype=bool)
-        kept: Indices = np.zeros(0, dtype=np.int64)
+        self._seen = np.zeros(cases, dtype=bool)  # by any rank before, or by this one
+        self._mine = np.zeros(cases, dtype=bool)  # a byte a case, where an index is eight
+        self._loss_sum, self._steps = 0.0, 0
         if before is not None:
             self._seen[before.indices] = True
-            kept = before.indices
-        mine = before is not None and keeps_before
-        self._indices: list[Indices] = [kept] if mine else []
-        self._loss_sum = before.loss_sum if before is not None and mine else 0.0
-        self._steps = before.steps if before is not None and mine else 0
+            if keeps_before:
+                self._mine[before.indices] = True
+                self._loss_sum, self._steps = before.loss_sum, before.steps
 
     def add(self, indices: Indices, loss: float) -> None:
-        """Record one step; `loss` is the sum of its cases' losses. The indices are copied, since they view a block.
+        """Record one step; `loss` is the sum of its cases' losses. Nothing is kept of `indices`, which view a block.
 
         Raises:
             RuntimeError: a case was trained on already in this epoch.
@@ -100,11 +109,11 @@ class EpochRecorder:
                 "the data were planned from is not the one that the model was restored from; report this with the log"
             )
         self._seen[indices] = True
-        self._indices.append(indices.copy())  # a view would keep its block in the object store for the whole epoch
+        self._mine[indices] = True
         self._loss_sum += loss
         self._steps += 1
 
     def part(self) -> EpochPart:
-        """This rank's part so far."""
-        indices = np.concatenate(self._indices) if self._indices else np.zeros(0, dtype=np.int64)
-        return EpochPart(self.epoch, indices.astype(np.int64, copy=False), self._loss_sum, self._steps)
+        """This rank's part so far, its cases in ascending order."""
+        indices = np.flatnonzero(self._mine).astype(np.int64, copy=False)
+        return EpochPart(self.epoch, indices, self._loss_sum, self._steps)

@@ -1,5 +1,9 @@
 """What was trained on: recorded once, joined without loss, refused when it comes twice."""
 
+import io
+import pickle
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -56,3 +60,30 @@ def test_what_was_trained_on_is_recorded_without_holding_on_to_its_block():
         recorder.add(block[start : start + 10], 0.0)
     block[:] = -1  # as if its memory held something else by now
     assert recorder.part().indices.tolist() == list(range(100))
+
+
+def test_a_million_cases_are_an_eighth_of_a_megabyte_in_a_checkpoint_and_between_ranks():
+    rng = np.random.default_rng(0)
+    part = EpochPart(2, np.flatnonzero(rng.random(1_000_000) < 0.5), 1.5, 7)  # of all bitmaps the one that packs worst
+    assert len(part.to_bytes()) < 127_000
+    between_ranks = pickle.dumps(part)
+    assert len(between_ranks) < 127_000
+    taken_up = pickle.loads(between_ranks)  # noqa: S301  made just above
+    assert np.array_equal(taken_up.indices, part.indices)
+    assert (taken_up.epoch, taken_up.loss_sum, taken_up.steps) == (2, 1.5, 7)
+
+
+def test_a_recorder_holds_two_bytes_a_case_and_not_its_indices():
+    recorder = EpochRecorder(0, 100_000, keeps_before=True)
+    for start in range(0, 100_000, 1000):
+        recorder.add(np.arange(start, start + 1000), 0.0)
+    held = sum(sys.getsizeof(value) for value in vars(recorder).values())
+    held += sum(sum(map(sys.getsizeof, value)) for value in vars(recorder).values() if isinstance(value, list))
+    assert held < 210_000
+
+
+def test_the_indices_that_an_earlier_version_kept_are_read():
+    file = io.BytesIO()
+    np.savez_compressed(file, epoch=3, indices=indices(7, 2), loss_sum=np.float64(0.5), steps=1)
+    part = EpochPart.from_bytes(file.getvalue())
+    assert (part.epoch, sorted(part.indices.tolist()), part.loss_sum, part.steps) == (3, [2, 7], 0.5, 1)
