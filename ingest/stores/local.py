@@ -241,7 +241,7 @@ def _locked(path: str) -> Iterator[None]:
     The lock file is removed by its last holder. Some file systems have no locks (e.g. Lustre without its option
     `flock`). There the check and the write are two steps, and two writers in the same millisecond may both succeed.
     """
-    folder, name = os.path.split(path)  # noqa: PTH206
+    folder, name = os.path.split(path)
     lock = os.path.join(folder, f"{_TEMPORARY}{name}.lock")  # noqa: PTH118
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
