@@ -46,6 +46,10 @@ class ObjectNotFoundError(ObjectError):
     """A listed object is not there."""
 
 
+class PreconditionError(ObjectError):
+    """An object is not of the generation that a conditional write or delete requires."""
+
+
 class StaleManifestError(ObjectError):
     """An object's size or generation is no longer what was listed."""
 

@@ -13,8 +13,8 @@ import struct
 import threading
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal
-from urllib.parse import unquote, urlsplit
+from typing import Literal, NamedTuple
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 FaultKind = Literal["latency", "status", "reset", "stall", "truncate", "flip"]
 _COMPOSITE = re.compile(r"dataflux-composed-objects/[^/?]+")
@@ -88,8 +88,19 @@ def every_fault(probability: float, *, stall_s: float, latency_s: float = 0.02) 
     ]
 
 
+class Required(NamedTuple):
+    """The generation that a request requires of an object; 0 is no object."""
+
+    bucket: str
+    name: str
+    generation: int
+
+
 class FaultProxy:
     """Stands between clients and the server while the context is entered. Its methods are thread-safe.
+
+    It enforces `ifGenerationMatch` (and the header `x-goog-if-generation-match`) on every upload, compose and delete,
+    as GCS does. The embedded server checks multipart uploads only. Requests that bypass the proxy are not held back.
 
     Attributes:
         faults: changed at will between requests; the first that strikes is injected.
@@ -118,6 +129,8 @@ class FaultProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._conditional = asyncio.Lock()
+        self._sessions: dict[str, Required] = {}  # of resumable uploads, by their ids
         self.port = 0
 
     @property
@@ -209,12 +222,27 @@ class FaultProxy:
         if fault is not None and fault.kind in ("status", "reset") and not fault.after_server:
             return await self._answer_ourselves(writer, fault)
         host = f"{self._upstream.hostname}:{self._upstream.port}"
-        up_writer.write(re.sub(rb"(?im)^host:[^\r]*", b"Host: " + host.encode(), head) + body)
-        await up_writer.drain()
-        up_head = await _read_head(up_reader)
+
+        async def pass_on() -> tuple[bytes, bytes]:
+            up_writer.write(re.sub(rb"(?im)^host:[^\r]*", b"Host: " + host.encode(), head) + body)
+            await up_writer.drain()
+            up_head = await _read_head(up_reader)
+            return up_head, b"" if method == "HEAD" or not up_head else await _read_body(up_reader, up_head)
+
+        required = self._required(method, target, head, body)
+        if required is None:
+            up_head, up_body = await pass_on()
+        else:
+            # The embedded server checks preconditions of some requests only. The check and the request are one step.
+            async with self._conditional:
+                found = await self._generation_of(required)
+                if found != required.generation:
+                    up_head, up_body = _precondition_answer(required, found)
+                else:
+                    up_head, up_body = await pass_on()
+                    self._note_session(required, up_head)
         if not up_head:
             return False
-        up_body = b"" if method == "HEAD" else await _read_body(up_reader, up_head)
         self._note_composites(kind, name, int(up_head.split(b" ", 2)[1]))
         if fault is not None and fault.kind == "stall":
             await asyncio.sleep(fault.seconds)
@@ -233,6 +261,44 @@ class FaultProxy:
         writer.write(up_head + up_body)
         await writer.drain()
         return b"connection: close" not in up_head.lower()
+
+    def _required(self, method: str, target: str, head: bytes, body: bytes) -> Required | None:
+        """The precondition of a write or delete; None where the request has none."""
+        path, _, query_text = target.partition("?")
+        query = parse_qs(query_text, keep_blank_values=True)
+        session = query.get("upload_id", [""])[0]
+        if session in self._sessions:
+            return self._sessions[session]
+        header = re.search(rb"(?im)^x-goog-if-generation-match:\s*(\d+)", head)
+        generation = query.get("ifGenerationMatch", [header.group(1).decode() if header else ""])[0]
+        if not generation or method not in ("POST", "PUT", "DELETE"):
+            return None
+        json_path = re.fullmatch(r"(?:/upload|/resumable/upload)?/storage/v1/b/([^/]+)/o(?:/(.+))?", path)
+        if json_path is None:
+            bucket, _, key = path.lstrip("/").partition("/")
+            return Required(unquote(bucket), unquote(key), int(generation))
+        name = unquote(json_path[2] or "").removesuffix("/compose") or query.get("name", [""])[0] or _name_in(body)
+        return Required(unquote(json_path[1]), name, int(generation))
+
+    async def _generation_of(self, required: Required) -> int:
+        """Ask the server for an object's generation; 0 is no object."""
+        place = f"/storage/v1/b/{quote(required.bucket, safe='')}/o/{quote(required.name, safe='')}?alt=json"
+        reader, writer = await asyncio.open_connection(self._upstream.hostname, self._upstream.port)
+        try:
+            host = f"{self._upstream.hostname}:{self._upstream.port}"
+            writer.write(f"GET {place} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            await writer.drain()
+            head = await _read_head(reader)
+            body = await _read_body(reader, head)
+        finally:
+            writer.close()
+        return int(json.loads(body)["generation"]) if b" 200 " in head.split(b"\r\n", 1)[0] else 0
+
+    def _note_session(self, required: Required, up_head: bytes) -> None:
+        """Keep the precondition of a resumable upload: its later requests carry the upload's id only."""
+        location = re.search(rb"(?im)^location:.*[?&]upload_id=([^&\s]+)", up_head)
+        if location:
+            self._sessions[location.group(1).decode()] = required
 
     def _draw(self, kind: str, name: str, method: str, target: str, body: bytes) -> tuple[Fault | None, float]:
         """The fault that strikes, and a number from 0 to 1 that says where."""
@@ -303,6 +369,23 @@ def classify(method: str, target: str) -> tuple[str, str]:
     if method == "GET":
         return ("read" if "alt=media" in query else "meta"), unquote(key)
     return "other", unquote(key)
+
+
+def _name_in(body: bytes) -> str:
+    """The object's name in the JSON that begins a resumable upload, or that is the first part of a multipart one."""
+    start = body.find(b"{")
+    try:
+        about, _ = json.JSONDecoder().raw_decode(body[start : start + 2**16].decode("utf-8", "replace"))
+        return str(about["name"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _precondition_answer(required: Required, found: int) -> tuple[bytes, bytes]:
+    message = f"{required.name}: required generation {required.generation}, found {found}"
+    body = json.dumps({"error": {"code": 412, "message": message}}).encode()
+    head = "HTTP/1.1 412 Precondition Failed\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode(), body
 
 
 def _sources_of(compose_body: bytes) -> str:

@@ -7,6 +7,7 @@ elsewhere can be held to it.
 
 from __future__ import annotations
 
+import concurrent.futures
 import pickle
 from collections.abc import Sequence
 from typing import Protocol
@@ -20,6 +21,7 @@ from .errors import (
     ObjectNotFoundError,
     PermissionDeniedError,
     PlaceNotFoundError,
+    PreconditionError,
     StaleManifestError,
 )
 from .listing import list_objects
@@ -134,6 +136,58 @@ class StoreContract:
     def test_put_refuses_an_empty_name(self, place: Place) -> None:
         with pytest.raises(ConfigError, match="name"):
             place.store.put("", b"x")
+
+    def test_a_put_without_overwriting_is_refused_where_the_object_is(self, place: Place) -> None:
+        name = NAMES[1]
+        generation = place.store.put(name, b"first", if_generation=0)
+        with pytest.raises(PreconditionError, match=r"expected no object .* found"):
+            place.store.put(name, b"second", if_generation=0)
+        assert place.read(name) == b"first"
+        assert [(meta.name, meta.generation) for meta in place.store.list()] == [(name, generation)]
+
+    def test_a_put_replaces_the_generation_that_it_names_and_no_other(self, place: Place) -> None:
+        first = place.store.put("a", b"1")
+        second = place.store.put("a", b"2", if_generation=first)
+        assert second != first
+        with pytest.raises(PreconditionError, match=str(first)):
+            place.store.put("a", b"3", if_generation=first)
+        with pytest.raises(PreconditionError):
+            place.store.put("none", b"3", if_generation=first)
+        assert place.read("a") == b"2"
+        assert [(meta.name, meta.generation) for meta in place.store.list()] == [("a", second)]
+
+    def test_of_many_writers_that_create_one_object_one_succeeds(self, place: Place) -> None:
+        def create(number: int) -> bool:
+            try:
+                place.store.put("a", b"%d" % number, if_generation=0)
+            except PreconditionError:
+                return False
+            return True
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            created = list(pool.map(create, range(16)))
+        assert created.count(True) == 1
+        assert place.read("a") == b"%d" % created.index(True)
+        assert [meta.name for meta in place.store.list()] == ["a"]
+
+    def test_delete_takes_out_one_object(self, place: Place) -> None:
+        for name in NAMES:
+            place.store.put(name, b"x")
+        place.store.delete(NAMES[1])
+        assert names_of(list(place.store.list())) == sorted({*NAMES} - {NAMES[1]}, key=lambda name: name.encode())
+        with pytest.raises(ObjectNotFoundError, match=r"expected .* found none"):
+            place.store.delete(NAMES[1])
+        with pytest.raises(ConfigError, match="name"):
+            place.store.delete("")
+
+    def test_delete_spares_another_generation(self, place: Place) -> None:
+        first = place.store.put("a", b"1")
+        second = place.store.put("a", b"2", if_generation=first)
+        with pytest.raises(PreconditionError, match=str(first)):
+            place.store.delete("a", if_generation=first)
+        assert place.read("a") == b"2"
+        place.store.delete("a", if_generation=second)
+        assert list(place.store.list()) == []
 
     def test_a_missing_object_is_told_apart_from_its_neighbours(self, place: Place) -> None:
         for name in ("a", "b", "c"):

@@ -26,7 +26,17 @@ from .errors import (
     StaleManifestError,
 )
 from .fault_proxy import Fault, FaultProxy, every_fault
-from .stores.base import BaseStore, Bodies, ObjectMeta, Pieces, Puts, RangeRequest, Store, StoreConfig
+from .stores.base import (
+    BaseStore,
+    Bodies,
+    ObjectMeta,
+    Pieces,
+    Puts,
+    RangeRequest,
+    Store,
+    StoreConfig,
+    precondition_failed,
+)
 
 __all__ = [
     "Fault",
@@ -104,17 +114,30 @@ class MemoryStore(BaseStore):
             )
         return body
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes, if_generation: int | None = None) -> int:
         """See `Puts.put`."""
         if not name:
             raise ConfigError(f"expected a name of an object below {self.uri}, found an empty one")
         with _LOCK:
-            self._objects()[name] = (bytes(data), next(_GENERATIONS))
+            self._require(name, if_generation)
+            generation = next(_GENERATIONS)
+            self._objects()[name] = (bytes(data), generation)
+            return generation
 
-    def delete(self, name: str) -> None:
-        """Take one object out."""
+    def delete(self, name: str, if_generation: int | None = None) -> None:
+        """See `Deletes.delete`."""
+        if not name:
+            raise ConfigError(f"expected a name of an object below {self.uri}, found an empty one")
         with _LOCK:
+            if name not in self._objects():
+                raise ObjectNotFoundError(f"expected the object {self.uri_of(name)} to delete, found none; list anew")
+            self._require(name, if_generation)
             del self._objects()[name]
+
+    def _require(self, name: str, if_generation: int | None) -> None:
+        found = self._objects().get(name, (b"", 0))[1]
+        if if_generation is not None and found != if_generation:
+            raise precondition_failed(self.uri_of(name), if_generation, f"generation {found}" if found else "none")
 
 
 class LatencyStore(BaseStore):
@@ -147,10 +170,15 @@ class LatencyStore(BaseStore):
         time.sleep(self.latency_s * math.ceil(len(requests) / self.in_flight))
         return self.store.fetch_ranges(requests)
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes, if_generation: int | None = None) -> int:
         """See `Puts.put`."""
         time.sleep(self.latency_s)
-        self.store.put(name, data)
+        return self.store.put(name, data, if_generation)
+
+    def delete(self, name: str, if_generation: int | None = None) -> None:
+        """See `Deletes.delete`."""
+        time.sleep(self.latency_s)
+        self.store.delete(name, if_generation)
 
 
 def make_cases(

@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 
 from ingest.emulator import EmbeddedServer
-from ingest.errors import ConfigError, ObjectNotFoundError, StoreError, UnknownSchemeError, UnreachableError
-from ingest.fault_proxy import Fault, FaultProxy
+from ingest.errors import (
+    ConfigError,
+    ObjectNotFoundError,
+    PreconditionError,
+    StoreError,
+    UnknownSchemeError,
+    UnreachableError,
+)
+from ingest.fault_proxy import Fault, FaultKind, FaultProxy
 from ingest.store_contract import FlatNamesContract, Place, StoreContract
 from ingest.stores import ObjectMeta, Store, StoreConfig, open_store
 from ingest.testing import LatencyStore, MemoryStore
@@ -154,14 +161,33 @@ def test_a_local_file_in_place_of_the_folder_is_a_missing_folder(tmp_path: Path)
         list(open_store(str(tmp_path / "file")).list())
 
 
+@pytest.mark.parametrize("kind", ["reset", "status"])
+def test_a_conditional_write_or_delete_whose_answer_is_lost_counts_once(
+    gcs_server: EmbeddedServer, bucket: str, monkeypatch: pytest.MonkeyPatch, kind: FaultKind
+) -> None:
+    faults = [Fault(kind=kind, request=request, after_server=True, times=1) for request in ("upload", "delete")]
+    with FaultProxy(gcs_server.url, faults) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        store = open_store(f"gs://{bucket}", StoreConfig(**FAST))
+        generation = store.put("a", b"mine", if_generation=0)
+        assert [meta.generation for meta in store.list()] == [generation]
+        store.delete("a", if_generation=generation)
+        assert list(store.list()) == []
+        assert sum(proxy.injected.values()) == 2
+
+
 @pytest.mark.parametrize("transport", ["compose", "direct", "auto"])
 class TestGCSStore(StoreContract, FlatNamesContract):
     """GCS with each transport, by the contract."""
 
     @pytest.fixture
-    def place(self, gcs_server: EmbeddedServer, bucket: str, transport: str) -> Place:
+    def place(
+        self, gcs_server: EmbeddedServer, bucket: str, transport: str, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[Place]:
         config = StoreConfig(transport=transport, list_page_size=3, **FAST)
-        return GCSPlace(open_store(f"gs://{bucket}/in a folder", config), gcs_server.url)
+        with FaultProxy(gcs_server.url) as proxy:  # it enforces preconditions, as GCS does
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+            yield GCSPlace(open_store(f"gs://{bucket}/in a folder", config), gcs_server.url)
 
     @pytest.fixture
     def missing_store(self, gcs_server: EmbeddedServer, transport: str) -> Store:
@@ -177,6 +203,16 @@ class TestGCSStore(StoreContract, FlatNamesContract):
                 open_store(f"gs://{bucket}", StoreConfig(transport=transport, **FAST)),
                 ObjectMeta("a", 1, 1, 1),
             )
+
+    def test_a_large_put_replaces_the_generation_that_it_names_and_no_other(self, place: Place) -> None:
+        large = bytes(9 * 2**20)  # above 8 MiB: a resumable upload
+        first = place.store.put("a", large, if_generation=0)
+        with pytest.raises(PreconditionError):
+            place.store.put("a", large, if_generation=0)
+        place.store.put("a", b"2", if_generation=first)
+        with pytest.raises(PreconditionError):
+            place.store.put("a", large, if_generation=first)
+        assert place.read("a") == b"2"
 
 
 def test_gcs_store_leaves_out_folder_objects_and_composites(gcs_server: EmbeddedServer, bucket: str) -> None:

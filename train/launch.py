@@ -8,11 +8,9 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-import pyarrow.fs
 import ray
 import ray.train
 import ray.train.torch
@@ -48,6 +46,7 @@ from .planned import datasets_of, most_together
 from .report import epoch_table
 from .resume_rules import Change, record
 from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, resolve_run_dir
+from .run_storage import storage_of
 from .stop import in_thread, on_signals
 from .tracking import reach, tracked
 from .waits import why
@@ -180,7 +179,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             console.print(summary(quarantine.entries(), run_dir))
         ended = stopped.signal_number is None
         pictures, page = leave_behind(job, rows, result, console, ended=ended)
-    checkpoint = result.checkpoint.path if result.checkpoint is not None else None
+    kept = result.checkpoint
+    checkpoint = None if kept is None else f"{run_dir}/{PurePosixPath(kept.path).name}"
     return Outcome(run_dir, rows, checkpoint, pictures, stopped.signal_number, page)
 
 
@@ -190,10 +190,7 @@ def fit(
     """Run the trainer; our own errors come out as they were raised, wherever that was."""
     recipe = job.recipe
     ranks = recipe.trainer.num_workers
-    storage_path, _, name = run_dir.rstrip("/").rpartition("/")
-    filesystem = emulated_filesystem(run_dir)
-    if filesystem is not None:
-        storage_path = storage_path.removeprefix("gs://")
+    storage = storage_of(run_dir, recipe.data.store)
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
@@ -207,9 +204,9 @@ def fit(
             | (recipe.trainer.resources_per_worker or {}),
         ),
         run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=storage_path,
-            storage_filesystem=filesystem,
+            name=storage.name,
+            storage_path=storage.path,
+            storage_filesystem=storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=recipe.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.trainer.checkpoints_kept),
             callbacks=[MetricsWriter(run_dir, job.monitor, listing_s)],  # type: ignore[list-item]  # Ray's stub speaks of Train V1
@@ -234,20 +231,6 @@ def controller_settings() -> dict[str, str]:
         # the ranks about 2 s of CPU time as they start.
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     return settings
-
-
-def emulated_filesystem(run_dir: str) -> pyarrow.fs.FileSystem | None:
-    """Where STORAGE_EMULATOR_HOST points, for checkpoints on gs://; pyarrow does not go by it of itself."""
-    url = os.environ.get("STORAGE_EMULATOR_HOST", "")
-    if not run_dir.startswith("gs://") or not url:
-        return None
-    scheme, _, endpoint = url.rpartition("://")
-    return pyarrow.fs.GcsFileSystem(
-        anonymous=True,
-        scheme=scheme or "http",
-        endpoint_override=endpoint.rstrip("/"),
-        retry_time_limit=timedelta(seconds=30),
-    )
 
 
 def check_early(recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ from ingest.stores import open_store
 from .checkpoint import read_position
 from .config import Recipe, from_json
 from .resume_rules import Change, changes_of
+from .run_storage import check_ray_can_have
 
 RECIPE_FILE = "recipe.json"
 
@@ -58,6 +59,7 @@ def resolve_run_dir(recipe: Recipe, name: str) -> str:
     """An absolute folder or a gs:// place, without a trailing slash; a new one where none was given."""
     given = recipe.trainer.resume or recipe.run_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = given.rstrip("/") if "://" in given else str(Path(given).expanduser().resolve())
+    check_ray_can_have(run_dir)
     if not run_dir.rpartition("/")[2].isascii():
         raise ConfigError(
             f"expected a --run-dir whose last part is plain ASCII, since Ray makes names of it, found {run_dir!r}; "

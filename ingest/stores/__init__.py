@@ -1,5 +1,5 @@
 """Places that hold volumes, behind one interface."""
 
-from .base import Fetches, Lists, ObjectMeta, Puts, Store, StoreConfig, Transport, open_store
+from .base import Deletes, Fetches, Lists, ObjectMeta, Puts, Store, StoreConfig, Transport, open_store
 
-__all__ = ["Fetches", "Lists", "ObjectMeta", "Puts", "Store", "StoreConfig", "Transport", "open_store"]
+__all__ = ["Deletes", "Fetches", "Lists", "ObjectMeta", "Puts", "Store", "StoreConfig", "Transport", "open_store"]

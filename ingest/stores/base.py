@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import tyro
 
-from ..errors import ConfigError, ObjectError, UnknownSchemeError
+from ..errors import ConfigError, ObjectError, PreconditionError, UnknownSchemeError
 
 Transport = Literal["auto", "compose", "direct"]
 
@@ -115,11 +115,43 @@ class FetchesRanges(Protocol):
 class Puts(Protocol):
     """Can keep an object."""
 
-    def put(self, name: str, data: bytes) -> None:
-        """Write one object whole or not at all, replacing any of that name."""
+    def put(self, name: str, data: bytes, if_generation: int | None = None) -> int:
+        """Write one object whole or not at all, replacing any of that name.
+
+        A conditional write whose answer is lost is tried again. The object then holds these bytes already, and the
+        write counts as done. So bytes that two writers may write at once must differ, e.g. by a random id.
+
+        Args:
+            name: relative to the store's URI.
+            data: the object's bytes.
+            if_generation: write only if the object is of this generation now; 0 if there must be no such object; None
+                writes always.
+
+        Returns:
+            The generation of the object that was written.
+
+        Raises:
+            PreconditionError: the object is of another generation, or exists where it must not.
+        """
 
 
-class Store(Lists, Fetches, FetchesRanges, Puts, Protocol):
+class Deletes(Protocol):
+    """Can delete an object."""
+
+    def delete(self, name: str, if_generation: int | None = None) -> None:
+        """Delete one object.
+
+        Args:
+            name: relative to the store's URI.
+            if_generation: delete only if the object is of this generation now; None deletes any.
+
+        Raises:
+            ObjectNotFoundError: there is no such object.
+            PreconditionError: the object is of another generation.
+        """
+
+
+class Store(Lists, Fetches, FetchesRanges, Puts, Deletes, Protocol):
     """A place. Pickles as plain configuration; clients are made lazily, once a process. Thread-safe."""
 
     def uri_of(self, name: str) -> str:
@@ -243,6 +275,18 @@ def parted(run: Sequence[RangeRequest], body: bytes | memoryview) -> Pieces:
         return [body]
     view, first = memoryview(body), run[0].start
     return [view[request.start - first : request.stop - first] for request in run]
+
+
+def precondition_failed(uri: str, generation: int, found: str) -> PreconditionError:
+    """The error of a conditional write or delete, for every store.
+
+    Args:
+        uri: of the object.
+        generation: that was required; 0 is no object.
+        found: in words.
+    """
+    wanted = f"generation {generation} of {uri}" if generation else f"no object at {uri}"
+    return PreconditionError(f"expected {wanted}, found {found}; somebody else wrote it: read it anew, then decide")
 
 
 class BaseStore:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+import google.api_core.exceptions
+import google_crc32c
 from google.cloud import storage
 
-from ..errors import ConfigError, ListingError, PermissionDeniedError, PlaceNotFoundError
-from .base import BaseStore, Bodies, ObjectMeta, Pieces, RangeRequest, StoreConfig
+from ..errors import ConfigError, ListingError, ObjectNotFoundError, PermissionDeniedError, PlaceNotFoundError
+from .base import BaseStore, Bodies, ObjectMeta, Pieces, RangeRequest, StoreConfig, precondition_failed
 from .fast_listing import fast_list_objects
 from .gcs_clients import google_blob, google_client, timeouts_s
 from .gcs_compose import ComposeReader, is_composite
@@ -226,25 +229,76 @@ class GCSStore(BaseStore):
         """See `FetchesRanges.fetch_ranges`: by direct reads whatever the transport, since no composite helps here."""
         return self._direct().read_ranges(requests)
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes, if_generation: int | None = None) -> int:
         """See `Puts.put`; the server checks the upload's crc32c."""
-        if not name:
-            raise ConfigError(f"expected a name of an object below {self.uri}, found an empty one")
+        self._check_name(name)
+        tries = itertools.count()
 
-        def upload() -> None:
-            google_blob(self.config, self.bucket, self.prefix + name).upload_from_string(
-                data,
-                content_type="application/octet-stream",
-                checksum="crc32c",
-                retry=None,
-                timeout=timeouts_s(self.config),
-            )
+        def upload() -> int:
+            blob = google_blob(self.config, self.bucket, self.prefix + name)
+            again = next(tries) > 0
+            try:
+                blob.upload_from_string(
+                    data,
+                    content_type="application/octet-stream",
+                    checksum="crc32c",
+                    if_generation_match=if_generation,
+                    retry=None,
+                    timeout=timeouts_s(self.config),
+                )
+            except google.api_core.exceptions.PreconditionFailed as error:
+                held = self._held(name) if again else None  # an earlier try may have written it, its answer lost
+                if held is not None and (held.size, held.crc32c) == (len(data), _crc32c_of(data)):
+                    return int(held.generation)
+                raise precondition_failed(self.uri_of(name), if_generation or 0, "another") from error
+            return int(blob.generation)
 
         what = f"writing {self.uri_of(name)}"
         try:
-            call(self.config, upload, what=what, permission="storage.objects.create")
+            return call(self.config, upload, what=what, permission="storage.objects.create")
         except AbsentError as error:
             raise self._no_bucket() from error
+
+    def delete(self, name: str, if_generation: int | None = None) -> None:
+        """See `Deletes.delete`; an object that is gone when the request is tried again counts as deleted."""
+        self._check_name(name)
+        tries = itertools.count()
+
+        def remove() -> None:
+            again = next(tries) > 0
+            try:
+                google_blob(self.config, self.bucket, self.prefix + name).delete(
+                    if_generation_match=if_generation, retry=None, timeout=timeouts_s(self.config)
+                )
+            except google.api_core.exceptions.NotFound:
+                if not again:
+                    raise
+            except google.api_core.exceptions.PreconditionFailed as error:
+                if again and self._held(name) is None:
+                    return
+                raise precondition_failed(self.uri_of(name), if_generation or 0, "another") from error
+
+        what = f"deleting {self.uri_of(name)}"
+        try:
+            call(self.config, remove, what=what, permission="storage.objects.delete")
+        except AbsentError as error:
+            self.list_page(name, limit=1)  # raises where the bucket is missing
+            raise ObjectNotFoundError(
+                f"expected the object {self.uri_of(name)} to delete, found none; list anew to see what is there"
+            ) from error
+
+    def _held(self, name: str) -> storage.Blob | None:
+        """The metadata of the object as the server has it now; None where there is no such object."""
+        blob = google_blob(self.config, self.bucket, self.prefix + name)
+        try:
+            blob.reload(retry=None, timeout=timeouts_s(self.config))
+        except google.api_core.exceptions.NotFound:
+            return None
+        return blob
+
+    def _check_name(self, name: str) -> None:
+        if not name:
+            raise ConfigError(f"expected a name of an object below {self.uri}, found an empty one")
 
     def bucket_facts(self) -> BucketFacts:
         """Ask the server for the bucket's settings; without storage.buckets.get they stay unknown.
@@ -302,6 +356,11 @@ class GCSStore(BaseStore):
 
 _SETTLED: dict[tuple[int, str, StoreConfig], GCSStore] = {}
 _SETTLED_LOCK = threading.Lock()
+
+
+def _crc32c_of(data: bytes) -> str:
+    """As the server writes it."""
+    return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
 
 
 def _is_no_data(key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import sys
@@ -22,7 +23,17 @@ from ..errors import (
     StaleManifestError,
     StoreError,
 )
-from .base import BaseStore, Bodies, ObjectMeta, Pieces, RangeRequest, StoreConfig, joined, parted
+from .base import (
+    BaseStore,
+    Bodies,
+    ObjectMeta,
+    Pieces,
+    RangeRequest,
+    StoreConfig,
+    joined,
+    parted,
+    precondition_failed,
+)
 
 _TEMPORARY = ".voxflux-tmp-"
 _GAP_BYTES = 64 * 2**10  # a gap in a file is cheap to leave out
@@ -145,12 +156,15 @@ class LocalStore(BaseStore):
             )
         return bodies
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes, if_generation: int | None = None) -> int:
         """See `Puts.put`: a temporary file beside it takes its place in one step.
+
+        Conditional writes and deletes exclude each other by a lock. A write without a condition takes no lock.
 
         Raises:
             ConfigError: the name leads out of the folder, or names a folder.
             PermissionDeniedError: the folder may not be written.
+            PreconditionError: the file is of another generation.
         """
         path = self._path(name)
         folder = os.path.dirname(path)  # noqa: PTH120
@@ -161,8 +175,16 @@ class LocalStore(BaseStore):
             with open(handle, "wb") as file:  # noqa: PTH123
                 file.write(data)
                 os.fchmod(file.fileno(), 0o644)
-            os.replace(temporary, path)  # noqa: PTH105
+            if if_generation is None:
+                generation = os.stat(temporary).st_mtime_ns  # noqa: PTH116
+                os.replace(temporary, path)  # noqa: PTH105
+            else:
+                with _locked(path):
+                    _require(path, if_generation)
+                    generation = _stamp_after(temporary, if_generation)
+                    os.replace(temporary, path)  # noqa: PTH105
             temporary = None
+            return generation
         except PermissionError as error:
             raise _not_allowed(path, "write") from error
         except OSError as error:
@@ -174,6 +196,35 @@ class LocalStore(BaseStore):
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
 
+    def delete(self, name: str, if_generation: int | None = None) -> None:
+        """See `Deletes.delete`.
+
+        Raises:
+            ConfigError: the name leads out of the folder, or names a folder.
+            PermissionDeniedError: the folder may not be written.
+            ObjectNotFoundError, PreconditionError: as named.
+        """
+        path = self._path(name)
+        try:
+            if not Path(path).is_file():
+                raise FileNotFoundError(path)
+            if if_generation is None:
+                os.unlink(path)  # noqa: PTH108
+            else:
+                with _locked(path):
+                    _require(path, if_generation)
+                    os.unlink(path)  # noqa: PTH108
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if not Path(self.root).is_dir():
+                raise _no_folder(self.root) from error
+            raise ObjectNotFoundError(
+                f"expected the file {path} to delete, found none; list anew to see what is there"
+            ) from error
+        except PermissionError as error:
+            raise _not_allowed(path, "delete") from error
+        except OSError as error:
+            raise StoreError(f"expected to delete {path}, found {error}; check the file system") from error
+
     def _path(self, name: str) -> str:
         if not name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise ConfigError(
@@ -181,6 +232,62 @@ class LocalStore(BaseStore):
                 f"empty, '.' or '..' parts"
             )
         return os.path.join(self.root, name)  # noqa: PTH118
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Hold the lock of conditional writes and deletes of one file, against threads, processes and hosts.
+
+    The lock file is removed by its last holder. Some file systems have no locks (e.g. Lustre without its option
+    `flock`). There the check and the write are two steps, and two writers in the same millisecond may both succeed.
+    """
+    folder, name = os.path.split(path)
+    lock = os.path.join(folder, f"{_TEMPORARY}{name}.lock")  # noqa: PTH118
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+            # The last holder may have removed the file between our open and our lock: that lock excludes nobody.
+            if not _is_still(handle, lock):
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(lock)  # noqa: PTH108
+            return
+        finally:
+            os.close(handle)
+
+
+def _is_still(handle: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))  # noqa: PTH116
+    except FileNotFoundError:
+        return False
+
+
+def _require(path: str, generation: int) -> None:
+    """Raise PreconditionError unless the file is of this generation; 0 is no file."""
+    try:
+        found = os.stat(path).st_mtime_ns  # noqa: PTH116
+    except FileNotFoundError:
+        found = 0
+    if found != generation:
+        raise precondition_failed(path, generation, f"generation {found}" if found else "none")
+
+
+def _stamp_after(path: str, generation: int) -> int:
+    """Make a file's generation differ from its predecessor's: the clock that stamps files moves in steps of ms."""
+    stamp = os.stat(path).st_mtime_ns  # noqa: PTH116
+    if stamp <= generation:
+        stamp = generation + 1
+        os.utime(path, ns=(stamp, stamp))
+    return os.stat(path).st_mtime_ns  # noqa: PTH116
 
 
 def _read_part(handle: int, start: int, size_bytes: int) -> bytes:
