@@ -197,8 +197,19 @@ class Recipe:
     demo: DemoConfig | None = None
 
     def to_json(self) -> str:
-        """The whole tree, for a person and for the record."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """The whole tree, for a person and for the record.
+
+        Raises:
+            ConfigError: a setting is NaN or infinite, which JSON cannot hold.
+        """
+        tree = dataclasses.asdict(self)
+        try:
+            return json.dumps(tree, indent=2, allow_nan=False)
+        except ValueError as error:
+            odd = [f"--{name} {value}" for name, value in flat_settings(tree) if "NaN" in value or "Infinity" in value]
+            raise ConfigError(
+                f"expected finite settings, found {', '.join(odd)}; give a number, a large one for no limit"
+            ) from error
 
 
 def flat_settings(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

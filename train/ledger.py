@@ -7,7 +7,6 @@ checkpoint that covers it is reported, so it outlives the machine.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -17,6 +16,8 @@ from types import TracebackType
 from typing import IO
 
 from ingest.plan import Indices
+
+from .plain_json import to_json
 
 
 def attempt_name() -> str:
@@ -79,7 +80,7 @@ class Ledger:
 
     def _write(self, entry: dict[str, object]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(entry) + "\n")
+        self._file.write(to_json(entry, indent=None) + "\n")
         self._file.flush()
 
     def __enter__(self) -> Ledger:

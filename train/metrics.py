@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,9 +11,10 @@ from ray.train import Checkpoint, UserCallback
 from ingest.stores import open_store
 from ingest.unwrap import own_error
 
-from .best import is_best, keep_best
+from .best import is_best, is_figure, keep_best
 from .checkpoint import name_latest
 from .monitor import Monitor
+from .plain_json import of_json, to_json
 from .waits import CAUSES, add_up
 
 METRICS_FILE = "metrics.json"
@@ -76,10 +76,11 @@ class MetricsWriter(UserCallback):
         if finished:
             row = merge_ranks(finished)
             row["stall_by_cause_s"]["listing"], self._listing_s = self._listing_s, 0.0
+            row["mean_dice"] = row["mean_dice"] if is_figure(row["mean_dice"]) else None
             if self._monitor is not None:
                 row["retries"] = self._monitor.ask("retries_of", row["epoch"]) or {}
             rows = upsert(read_metrics(self._run_dir), row)
-            open_store(self._run_dir).put(METRICS_FILE, json.dumps(rows, indent=1).encode())
+            open_store(self._run_dir).put(METRICS_FILE, to_json(rows).encode())
             if self._monitor is not None:
                 self._monitor.tell("epoch_done", row)
             if name is not None and is_best(rows, row):
@@ -104,6 +105,6 @@ def read_metrics(run_dir: str) -> list[Row]:
     store = open_store(run_dir)
     for entry in store.list(METRICS_FILE):
         if entry.name == METRICS_FILE:
-            rows: list[Row] = json.loads(store.fetch([entry])[0])
+            rows: list[Row] = of_json(store.fetch([entry])[0])
             return rows
     return []

@@ -23,6 +23,7 @@ from ingest.overlay import class_colour
 from ingest.quarantine import QuarantineEntry, load_entries
 from ingest.stores import open_store
 
+from .best import is_figure
 from .config import flat_settings
 from .metrics import METRICS_FILE, read_metrics
 from .page_plots import figures
@@ -79,7 +80,7 @@ def page_of(run_dir: str) -> str:
         cases=[_shown(case) for case in cases],
         legend=[(value, class_colour(value)) for value in classes],
         settings=list(flat_settings(recipe)),
-        scored=[row for row in rows if row.get("mean_dice") is not None],
+        scored=[row for row in rows if is_figure(row.get("mean_dice"))],
         rows=rows,
     )
 
@@ -107,7 +108,7 @@ def _recipe(run_dir: str) -> dict[str, Any]:
 def _cards(rows: list[dict[str, Any]], recipe: Mapping[str, Any], events: list[Event]) -> list[tuple[str, str]]:
     """What a run is judged by, in a word each."""
     last: Mapping[str, Any] = rows[-1] if rows else {}
-    dice = [row["mean_dice"] for row in rows if row.get("mean_dice") is not None]
+    dice = [row["mean_dice"] for row in rows if is_figure(row.get("mean_dice"))]
     epochs = (recipe.get("trainer") or {}).get("epochs", "?")
     state = next((event.kind for event in reversed(events) if event.kind in ("end", "stop", "fault", "start")), None)
     states = {"end": "done", "stop": "stopped", "fault": "failed", "start": "under way, or its driver was killed"}
@@ -140,7 +141,7 @@ def _au_and_stall(rows: list[dict[str, Any]]) -> str | None:
 
 
 def _number(value: object, form: str) -> str:
-    return format(value, form) if isinstance(value, int | float) else "-"
+    return format(float(value), form) if is_figure(value) else "-"
 
 
 def _written(unix_s: float) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,8 @@ import pyarrow.parquet as pq
 
 from ingest.stores import open_store
 from ingest.stores.base import Store
+
+from .plain_json import of_json, to_json
 
 STEPS = "steps/"
 EVENTS_FILE = "events.json"
@@ -86,7 +87,7 @@ def read_steps(run_dir: str) -> dict[str, list[StepRecord]]:
 
 def write_events(store: Store, events: Sequence[Event]) -> None:
     """Keep the run's events, in place of what was kept before."""
-    store.put(EVENTS_FILE, json.dumps([dataclasses.asdict(event) for event in events], indent=1).encode())
+    store.put(EVENTS_FILE, to_json([dataclasses.asdict(event) for event in events]).encode())
 
 
 def read_events(run_dir: str) -> list[Event]:
@@ -94,6 +95,6 @@ def read_events(run_dir: str) -> list[Event]:
     store = open_store(run_dir)
     for entry in store.list(EVENTS_FILE):
         if entry.name == EVENTS_FILE:
-            saved: list[dict[str, Any]] = json.loads(store.fetch([entry])[0])
+            saved: list[dict[str, Any]] = of_json(store.fetch([entry])[0])
             return [Event(**event) for event in saved]
     return []
