@@ -37,6 +37,7 @@ from .finish import ending, leave_behind
 from .flag import make_flag
 from .follow import following
 from .holdout import Holdout, RankData, save_held_out, split_of
+from .ledger import absolute_place
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
@@ -88,6 +89,9 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         check_early(recipe)
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
+        if recipe.trainer.ledger:  # relative to here: a rank's working directory is another one
+            trainer = dataclasses.replace(recipe.trainer, ledger=absolute_place(recipe.trainer.ledger))
+            recipe = dataclasses.replace(recipe, trainer=trainer)
         served = not recipe.data.images and not recipe.data.manifest
         recipe = stack.enter_context(data_of(recipe, console))
         composed: list[str] = []
