@@ -103,7 +103,7 @@ def audit(run_dir: str, ledger: str | None = None) -> Audit:
     saved = next((entry for entry in store.list("recipe.json") if entry.name == "recipe.json"), None)
     if saved is None:
         raise ConfigError(f"expected a run in {run_dir}, found no recipe.json; check the folder")
-    recipe = from_json(store.fetch([saved])[0].decode())
+    recipe = _recipe(store.fetch([saved])[0], store.uri_of(saved.name))
     folder = ledger or recipe.trainer.ledger
     if folder is None:
         raise ConfigError(
@@ -118,6 +118,13 @@ def audit(run_dir: str, ledger: str | None = None) -> Audit:
         position=read_position(run_dir),
         recipe=recipe,
     )
+
+
+def _recipe(data: bytes, place: str) -> Recipe:
+    try:
+        return from_json(data)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def read_attempts(folder: str | Path) -> list[Attempt]:

@@ -227,8 +227,8 @@ def flat_settings(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[s
             yield f"{before}{name}", json.dumps(value, ensure_ascii=False)
 
 
-def from_json(text: str) -> Recipe:
-    """Read what `Recipe.to_json` wrote.
+def from_json(text: str | bytes) -> Recipe:
+    """Read what `Recipe.to_json` wrote, as text or as UTF-8.
 
     Raises:
         ConfigError: it is not such a tree.
@@ -247,8 +247,10 @@ def _is_tracking_uri(uri: str) -> bool:
     return uri == "databricks" or (bool(scheme and separator and rest) and rest.startswith(absolute))
 
 
-def _build(kind: Any, values: dict[str, Any]) -> Any:
+def _build(kind: Any, values: Any) -> Any:
     """Build a dataclass from plain values, going down where the default is a dataclass, and back to tuples."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{kind.__name__} is no tree of settings but {type(values).__name__}")
     unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
     if unknown:
         raise KeyError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
@@ -259,7 +261,7 @@ def _build(kind: Any, values: dict[str, Any]) -> Any:
             continue
         value = values[field.name]
         default = field.default_factory() if callable(field.default_factory) else None
-        if isinstance(value, dict) and (field.name in nested or dataclasses.is_dataclass(default)):
+        if dataclasses.is_dataclass(default) or (field.name in nested and value is not None):
             built[field.name] = _build(nested.get(field.name) or type(default), value)
         else:
             built[field.name] = tuple(value) if isinstance(value, list) else value

@@ -31,6 +31,7 @@ from ingest.stores import open_store
 from ingest.unwrap import own_error
 
 from . import preflight
+from .check_folder import check_run_folder
 from .checkpoint import read_position
 from .config import Recipe
 from .finish import ending, leave_behind
@@ -82,6 +83,9 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
     """
     preflight.check_model(recipe)
     run_dir = resolve_run_dir(recipe, name)
+    if recipe.trainer.resume is not None:
+        for words in check_run_folder(run_dir):
+            console.print(f"warning: {words}", markup=False)
     resumed = checks_of_run_dir(recipe, run_dir)
     preflight.check_space(recipe, run_dir)
     tracking = reach(recipe.trainer.mlflow, run_dir, resumed=resumed)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.train import Checkpoint, UserCallback
 
+from ingest.errors import ConfigError
 from ingest.stores import open_store
 from ingest.unwrap import own_error
 
@@ -101,10 +102,21 @@ class MetricsWriter(UserCallback):
 
 
 def read_metrics(run_dir: str) -> list[Row]:
-    """The rows written so far, by epoch; empty before the first."""
+    """The rows written so far, by epoch; empty before the first.
+
+    Raises:
+        ConfigError: RUN_DIR/metrics.json is no list of rows.
+    """
     store = open_store(run_dir)
     for entry in store.list(METRICS_FILE):
         if entry.name == METRICS_FILE:
-            rows: list[Row] = of_json(store.fetch([entry])[0])
+            try:
+                rows: list[Row] = of_json(store.fetch([entry])[0])
+                if not isinstance(rows, list) or not all(isinstance(row["epoch"], int) for row in rows):
+                    raise TypeError("it is no list of epochs")
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(
+                    f"{store.uri_of(METRICS_FILE)}: expected a list of epochs, found something else ({error})"
+                ) from error
             return rows
     return []
