@@ -20,6 +20,7 @@ from ingest.stores import open_store
 from .checkpoint import Position, read_position
 from .config import Recipe, from_json
 from .holdout import split_of
+from .ledger import read_ledger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def audit(run_dir: str, ledger: str | None = None) -> Audit:
     saved = next((entry for entry in store.list("recipe.json") if entry.name == "recipe.json"), None)
     if saved is None:
         raise ConfigError(f"expected a run in {run_dir}, found no recipe.json; check the folder")
-    recipe = from_json(store.fetch([saved])[0].decode())
+    recipe = _recipe(store.fetch([saved])[0], store.uri_of(saved.name))
     folder = ledger or recipe.trainer.ledger
     if folder is None:
         raise ConfigError(
@@ -111,7 +112,7 @@ def audit(run_dir: str, ledger: str | None = None) -> Audit:
     manifest = Manifest.load(f"{run_dir.rstrip('/')}/manifest.parquet")
     candidates = split_of(recipe.data, manifest, run_dir).train
     return replay(
-        read_attempts(Path(folder)),
+        read_attempts(folder),
         candidates=set(candidates.tolist()),
         quarantined=_quarantined(run_dir),
         position=read_position(run_dir),
@@ -119,7 +120,14 @@ def audit(run_dir: str, ledger: str | None = None) -> Audit:
     )
 
 
-def read_attempts(folder: Path) -> list[Attempt]:
+def _recipe(data: bytes, place: str) -> Recipe:
+    try:
+        return from_json(data)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+def read_attempts(folder: str | Path) -> list[Attempt]:
     """All attempts of a ledger, in the order they began.
 
     A line cut short at the end of a file is a step that was being recorded when its process was killed; no
@@ -128,29 +136,31 @@ def read_attempts(folder: Path) -> list[Attempt]:
     Raises:
         ConfigError: there is no ledger, or a line of it is damaged elsewhere.
     """
-    by_attempt: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
-    for file in sorted(folder.glob("attempt-*-rank-*.jsonl")):
-        by_attempt[file.name.rsplit("-rank-", 1)[0]].append(_lines(file))
-    if not by_attempt:
-        raise ConfigError(f"expected a ledger in {folder}, found none; check --ledger")
     attempts: list[Attempt] = []
-    for name, ranks in sorted(by_attempt.items()):
+    for number, texts in read_ledger(str(folder)).items():
+        name = f"attempt-{number}"
+        ranks = [_lines(text, f"{folder}/{name}-rank-{rank}.jsonl") for rank, text in texts.items()]
         headers = [lines[0] for lines in ranks if lines]
         if not headers:
             continue
         steps: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-        for lines in ranks:
-            for line in lines[1:]:
-                steps[line["step"]].append((line["epoch"], line["indices"]))
-        first = headers[0]
-        attempts.append(
-            Attempt(name, first["step"], first["checkpoint"], first["world_size"] * first["batch_size"], dict(steps))
-        )
+        try:
+            for lines in ranks:
+                for line in lines[1:]:
+                    steps[line["step"]].append((line["epoch"], line["indices"]))
+            first = headers[0]
+            step_cases = first["world_size"] * first["batch_size"]
+            attempts.append(Attempt(name, first["step"], first["checkpoint"], step_cases, dict(steps)))
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{folder}/{name}-rank-*: expected the steps that a run recorded, found other lines ({error}); put "
+                "back a copy of these files"
+            ) from error
     return attempts
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    text = file.read_text(encoding="utf-8").split("\n")
+def _lines(whole: str, file: str) -> list[dict[str, Any]]:
+    text = whole.split("\n")
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(text):
         if not line:

@@ -40,7 +40,7 @@ def run_recipe(arguments: list[str]) -> int:
     """`python -m train run RECIPE [overrides]`, or `run --config FILE [--name NAME] [overrides]`."""
     recipe, name = chosen_recipe(arguments)
     console = Console(soft_wrap=True)
-    from .best import reached
+    from .best import is_figure, reached
     from .launch import run  # Ray and torch load here, so that --help answers at once
 
     outcome = run(recipe, name, console)
@@ -49,7 +49,7 @@ def run_recipe(arguments: list[str]) -> int:
             console.print(f"page:       {outcome.page}")
         console.print(f"stopped and saved; go on with --trainer.resume {outcome.run_dir}")
         return 128 + outcome.signal_number
-    scored = [row for row in outcome.rows if row["mean_dice"] is not None]
+    scored = [row for row in outcome.rows if is_figure(row["mean_dice"])]
     if scored:
         last = scored[-1]
         console.print(

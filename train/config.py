@@ -88,7 +88,8 @@ class TrainerConfig:
     """The folder of a run to go on with, from its last checkpoint; also with another number of ranks."""
 
     ledger: str | None = None
-    """Folder that every rank records its steps in, for `python -m train audit`; seen by all nodes."""
+    """Folder seen by all nodes, or gs:// place, that every rank records its steps in, for `python -m train audit`. A
+    relative folder is taken from where the run is started."""
 
     tensorboard: bool = False
     """Write TensorBoard logs under RUN_DIR/tensorboard."""
@@ -198,8 +199,19 @@ class Recipe:
     demo: DemoConfig | None = None
 
     def to_json(self) -> str:
-        """The whole tree, for a person and for the record."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """The whole tree, for a person and for the record.
+
+        Raises:
+            ConfigError: a setting is NaN or infinite, which JSON cannot hold.
+        """
+        tree = dataclasses.asdict(self)
+        try:
+            return json.dumps(tree, indent=2, allow_nan=False)
+        except ValueError as error:
+            odd = [f"--{name} {value}" for name, value in flat_settings(tree) if "NaN" in value or "Infinity" in value]
+            raise ConfigError(
+                f"expected finite settings, found {', '.join(odd)}; give a number, a large one for no limit"
+            ) from error
 
 
 def flat_settings(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
@@ -216,8 +228,8 @@ def flat_settings(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[s
             yield f"{before}{name}", json.dumps(value, ensure_ascii=False)
 
 
-def from_json(text: str) -> Recipe:
-    """Read what `Recipe.to_json` wrote.
+def from_json(text: str | bytes) -> Recipe:
+    """Read what `Recipe.to_json` wrote, as text or as UTF-8.
 
     Raises:
         ConfigError: it is not such a tree.
@@ -236,8 +248,10 @@ def _is_tracking_uri(uri: str) -> bool:
     return uri == "databricks" or (bool(scheme and separator and rest) and rest.startswith(absolute))
 
 
-def _build(kind: Any, values: dict[str, Any]) -> Any:
+def _build(kind: Any, values: Any) -> Any:
     """Build a dataclass from plain values, going down where the default is a dataclass, and back to tuples."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{kind.__name__} is no tree of settings but {type(values).__name__}")
     unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
     if unknown:
         raise KeyError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
@@ -248,7 +262,7 @@ def _build(kind: Any, values: dict[str, Any]) -> Any:
             continue
         value = values[field.name]
         default = field.default_factory() if callable(field.default_factory) else None
-        if isinstance(value, dict) and (field.name in nested or dataclasses.is_dataclass(default)):
+        if dataclasses.is_dataclass(default) or (field.name in nested and value is not None):
             built[field.name] = _build(nested.get(field.name) or type(default), value)
         else:
             built[field.name] = tuple(value) if isinstance(value, list) else value

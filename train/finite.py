@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ from ingest.errors import IngestError
 from ingest.manifest import Manifest
 from ingest.stores import open_store
 
+from .plain_json import to_json
 from .step import StepResult
 from .validate import gather
 
@@ -67,7 +67,7 @@ def stop_run(
             "case_ids": named,
             "loss_by_case": {name_of[index]: _plain(losses[index]) for index in sorted(losses)},
         }
-        open_store(run_dir).put(NONFINITE_FILE, json.dumps(report, indent=1).encode() + b"\n")
+        open_store(run_dir).put(NONFINITE_FILE, to_json(report).encode() + b"\n")
     if guilty:
         found = f"a loss that is not finite for {len(guilty)} of its {len(losses)} cases"
     else:

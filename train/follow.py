@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from ingest.errors import IngestError
 
+from .best import is_figure
 from .loop import LoopJob
 from .metrics import Row, read_metrics
 from .monitor import Progress as RunProgress
@@ -22,9 +23,10 @@ POLL_S = 1.0
 
 def epoch_line(row: Row, epochs: int) -> str:
     """One epoch in one line, as the run goes."""
-    dice = "" if row["mean_dice"] is None else f", mean Dice {row['mean_dice']:.4f}"
+    dice = f", mean Dice {row['mean_dice']:.4f}" if is_figure(row["mean_dice"]) else ""
+    loss = f"{row['train_loss']:.4f}" if is_figure(row["train_loss"]) else "not known"
     return (
-        f"epoch {row['epoch'] + 1}/{epochs}: loss {row['train_loss']:.4f}{dice}, "
+        f"epoch {row['epoch'] + 1}/{epochs}: loss {loss}{dice}, "
         f"{row['samples_per_s']:.1f} samples/s, stall {row['stall_share']:.1%}{main_cause(row)}"
     )
 

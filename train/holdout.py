@@ -13,7 +13,7 @@ import numpy as np
 import ray.data
 import ray.train
 
-from ingest.errors import ManifestError
+from ingest.errors import ManifestError, PlaceNotFoundError
 from ingest.fetch import read_shard
 from ingest.holdout import Split, read_case_list, split_by_fraction, split_by_list, split_by_second
 from ingest.index import index_cases
@@ -21,6 +21,7 @@ from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig
 from ingest.plan import Indices
 from ingest.quarantine import Quarantine
+from ingest.stores import open_store
 from ingest.volumes import Case, case_shard, case_volumes, decode_rows
 
 HELD_OUT = "held_out"  # the data set's name among those of a trainer
@@ -115,9 +116,19 @@ def load_held_out(run_dir: str) -> Manifest:
         ManifestError: the run kept none.
     """
     uri = f"{run_dir.rstrip('/')}/{HELD_OUT_FILE}"
+    store = open_store(run_dir)
+    try:
+        there = any(entry.name == HELD_OUT_FILE for entry in store.list(HELD_OUT_FILE))
+    except PlaceNotFoundError:
+        there = False
     try:
         return Manifest.load(uri)
     except ManifestError as error:
+        if there:
+            raise ManifestError(
+                f"expected the held-out cases of a run in {uri}, found a damaged file ({error}); put back a copy of "
+                "it, or score other cases: give --images and --labels, and no --cases held-out"
+            ) from error
         raise ManifestError(
             f"expected the held-out cases of a run in {uri}, found none ({error}); give --images and --labels, and no "
             "--cases held-out"

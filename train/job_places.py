@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path, PurePosixPath
 
+from ingest.holdout import SHIPPED
+
 from .config import Recipe
 
 HOME = "~/voxflux"
@@ -17,11 +19,16 @@ def placed(recipe: Recipe, submission_id: str) -> Recipe:
     Relative ones are taken from here, as the user typed them; `~` in a run folder is the head's.
     """
     data, trainer, demo = recipe.data, recipe.trainer, recipe.demo
+    listed = data.holdout_cases
     data = dataclasses.replace(
         data,
         images=absolute(data.images),
         labels=absolute(data.labels),
         manifest=absolute(data.manifest) if data.manifest else None,
+        eval_images=absolute(data.eval_images),
+        eval_labels=absolute(data.eval_labels),
+        # A list that comes with voxflux is named, and no file.
+        holdout_cases=listed if listed is None or listed in SHIPPED else absolute(listed),
     )
     run_dir = recipe.run_dir
     if run_dir is None and trainer.resume is None:
@@ -55,6 +62,9 @@ def place_warnings(recipe: Recipe, here: str, node_ips: list[str]) -> list[str]:
     others = [ip for ip in node_ips if ip != here]
     reads = {"--data.images": recipe.data.images, "--data.labels": recipe.data.labels}
     reads |= {"--data.manifest": recipe.data.manifest or ""}
+    reads |= {"--data.eval-images": recipe.data.eval_images, "--data.eval-labels": recipe.data.eval_labels}
+    if recipe.data.holdout_cases not in SHIPPED:
+        reads["--data.holdout-cases"] = recipe.data.holdout_cases or ""
     for flag, place in reads.items():
         if place and _is_local(place) and others:
             warnings.append(

@@ -32,12 +32,14 @@ from ingest.stores import ObjectMeta, open_store
 from ingest.unwrap import own_error
 
 from . import preflight
+from .check_folder import check_run_folder
 from .checkpoint import read_position
 from .config import Recipe
 from .finish import ending, leave_behind
 from .flag import make_flag
 from .follow import following
 from .holdout import Holdout, RankData, save_held_out, split_of
+from .ledger import absolute_place
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
@@ -84,6 +86,9 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
     """
     preflight.check_model(recipe)
     run_dir = resolve_run_dir(recipe, name)
+    if recipe.trainer.resume is not None:
+        for words in check_run_folder(run_dir):
+            console.print(f"warning: {words}", markup=False)
     resumed = checks_of_run_dir(recipe, run_dir)
     changes = changed_settings(recipe, run_dir) if resumed else []
     preflight.check_space(recipe, run_dir)
@@ -92,6 +97,9 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         check_early(recipe)
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
+        if recipe.trainer.ledger:  # relative to here: a rank's working directory is another one
+            trainer = dataclasses.replace(recipe.trainer, ledger=absolute_place(recipe.trainer.ledger))
+            recipe = dataclasses.replace(recipe, trainer=trainer)
         served = not recipe.data.images and not recipe.data.manifest
         recipe = stack.enter_context(data_of(recipe, console))
         composed: list[str] = []

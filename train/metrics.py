@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from ray.train import Checkpoint, UserCallback
 
+from ingest.errors import ConfigError
 from ingest.stores import open_store
 from ingest.unwrap import own_error
 
-from .best import is_best, keep_best
+from .best import is_best, is_figure, keep_best
 from .checkpoint import name_latest
 from .monitor import Monitor
+from .plain_json import of_json, to_json
 from .waits import CAUSES, add_up
 
 METRICS_FILE = "metrics.json"
@@ -76,10 +77,11 @@ class MetricsWriter(UserCallback):
         if finished:
             row = merge_ranks(finished)
             row["stall_by_cause_s"]["listing"], self._listing_s = self._listing_s, 0.0
+            row["mean_dice"] = row["mean_dice"] if is_figure(row["mean_dice"]) else None
             if self._monitor is not None:
                 row["retries"] = self._monitor.ask("retries_of", row["epoch"]) or {}
             rows = upsert(read_metrics(self._run_dir), row)
-            open_store(self._run_dir).put(METRICS_FILE, json.dumps(rows, indent=1).encode())
+            open_store(self._run_dir).put(METRICS_FILE, to_json(rows).encode())
             if self._monitor is not None:
                 self._monitor.tell("epoch_done", row)
             if name is not None and is_best(rows, row):
@@ -100,10 +102,21 @@ class MetricsWriter(UserCallback):
 
 
 def read_metrics(run_dir: str) -> list[Row]:
-    """The rows written so far, by epoch; empty before the first."""
+    """The rows written so far, by epoch; empty before the first.
+
+    Raises:
+        ConfigError: RUN_DIR/metrics.json is no list of rows.
+    """
     store = open_store(run_dir)
     for entry in store.list(METRICS_FILE):
         if entry.name == METRICS_FILE:
-            rows: list[Row] = json.loads(store.fetch([entry])[0])
+            try:
+                rows: list[Row] = of_json(store.fetch([entry])[0])
+                if not isinstance(rows, list) or not all(isinstance(row["epoch"], int) for row in rows):
+                    raise TypeError("it is no list of epochs")
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(
+                    f"{store.uri_of(METRICS_FILE)}: expected a list of epochs, found something else ({error})"
+                ) from error
             return rows
     return []

@@ -22,6 +22,7 @@ from ingest.errors import IngestError
 from ingest.stores import open_store
 from ingest.tally import Work
 
+from .best import is_figure
 from .gauges import Gauges
 from .records import Event, StepRecord, read_events, write_events, write_steps
 from .waits import Blocked, EpochWork, by_cause
@@ -185,7 +186,7 @@ class RunMonitor:
             gauges.set("voxflux_dice", dice, str(number))
         gauges.count("voxflux_stall_seconds", (row.get("stall_by_cause_s") or {}).get("listing", 0.0), "listing")
         self.quarantined(int(row.get("quarantined") or 0))
-        if row.get("mean_dice") is not None:
+        if is_figure(row.get("mean_dice")):
             self._progress = dataclasses.replace(self._progress, mean_dice=row["mean_dice"])
         self._keep_steps()
         self._keep_events()

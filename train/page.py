@@ -6,11 +6,10 @@ It is made of what the run's folder holds, so that it can be made at any time, o
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import plotly.io
@@ -23,12 +22,16 @@ from ingest.overlay import class_colour
 from ingest.quarantine import QuarantineEntry, load_entries
 from ingest.stores import open_store
 
+from .best import is_figure
 from .config import flat_settings
 from .metrics import METRICS_FILE, read_metrics
 from .page_plots import figures
-from .records import Event, read_events, read_steps
+from .plain_json import of_json
+from .records import Event, read_events, whole_steps
 from .slices import CaseSlices, grey_png, label_png, load_slices
 from .waits import why
+
+T = TypeVar("T")
 
 PAGE_FILE = "report.html"
 RECIPE_FILE = "recipe.json"
@@ -50,15 +53,19 @@ def write_page(run_dir: str) -> str:
 
 def page_of(run_dir: str) -> str:
     """The page's HTML."""
-    recipe = _recipe(run_dir)
-    rows, events = read_metrics(run_dir), read_events(run_dir)
-    shown = figures(rows, read_steps(run_dir), events)
+    damaged: list[str] = []
+    recipe = _recipe(run_dir, damaged)
+    rows: list[dict[str, Any]] = _whole(lambda: read_metrics(run_dir), damaged) or []
+    events: list[Event] = _whole(lambda: read_events(run_dir), damaged) or []
+    steps, of_steps = whole_steps(run_dir)
+    damaged += of_steps
+    shown = figures(rows, steps, events)
     plots = {name: (heading, _div(name, figure)) for name, (heading, figure) in shown.items()}
     try:
         quarantined: list[QuarantineEntry] | str = load_entries(run_dir)
     except ManifestError as error:
         quarantined = str(error)
-    cases = load_slices(run_dir)
+    cases: list[CaseSlices] = _whole(lambda: load_slices(run_dir), damaged) or []
     classes = sorted({int(value) for case in cases for value in _classes(case)})
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -70,6 +77,7 @@ def page_of(run_dir: str) -> str:
         made=_written(datetime.now(timezone.utc).timestamp()),
         plotly_js=Markup(plotly.offline.get_plotlyjs()) if plots else "",
         cards=_cards(rows, recipe, events),
+        damaged=damaged,
         why=why(rows),
         au_and_stall=_au_and_stall(rows),
         plots=plots,
@@ -79,7 +87,7 @@ def page_of(run_dir: str) -> str:
         cases=[_shown(case) for case in cases],
         legend=[(value, class_colour(value)) for value in classes],
         settings=list(flat_settings(recipe)),
-        scored=[row for row in rows if row.get("mean_dice") is not None],
+        scored=[row for row in rows if is_figure(row.get("mean_dice"))],
         rows=rows,
     )
 
@@ -92,7 +100,16 @@ def _div(name: str, figure: Any) -> Markup:
     )
 
 
-def _recipe(run_dir: str) -> dict[str, Any]:
+def _whole(read: Callable[[], T], damaged: list[str]) -> T | None:
+    """What a file holds; None of a damaged one, which is added to `damaged`."""
+    try:
+        return read()
+    except ConfigError as error:
+        damaged.append(str(error))
+        return None
+
+
+def _recipe(run_dir: str, damaged: list[str]) -> dict[str, Any]:
     store = open_store(run_dir)
     try:
         entries = {entry.name: entry for entry in store.list() if entry.name in (RECIPE_FILE, METRICS_FILE)}
@@ -100,14 +117,20 @@ def _recipe(run_dir: str) -> dict[str, Any]:
         raise ConfigError(f"expected a run's folder, found none at {run_dir}; check the path") from error
     if RECIPE_FILE not in entries:
         raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; give the folder that --run-dir named")
-    saved: dict[str, Any] = json.loads(store.fetch([entries[RECIPE_FILE]])[0])
+    try:
+        saved = of_json(store.fetch([entries[RECIPE_FILE]])[0])
+        if not isinstance(saved, dict) or not isinstance(saved.get("trainer", {}), dict):
+            raise TypeError("it is no tree of settings")
+    except (ValueError, TypeError) as error:
+        damaged.append(f"{store.uri_of(RECIPE_FILE)}: expected a run's settings, found something else ({error})")
+        return {}
     return saved
 
 
 def _cards(rows: list[dict[str, Any]], recipe: Mapping[str, Any], events: list[Event]) -> list[tuple[str, str]]:
     """What a run is judged by, in a word each."""
     last: Mapping[str, Any] = rows[-1] if rows else {}
-    dice = [row["mean_dice"] for row in rows if row.get("mean_dice") is not None]
+    dice = [row["mean_dice"] for row in rows if is_figure(row.get("mean_dice"))]
     epochs = (recipe.get("trainer") or {}).get("epochs", "?")
     state = next((event.kind for event in reversed(events) if event.kind in ("end", "stop", "fault", "start")), None)
     states = {"end": "done", "stop": "stopped", "fault": "failed", "start": "under way, or its driver was killed"}
@@ -140,7 +163,7 @@ def _au_and_stall(rows: list[dict[str, Any]]) -> str | None:
 
 
 def _number(value: object, form: str) -> str:
-    return format(value, form) if isinstance(value, int | float) else "-"
+    return format(float(value), form) if is_figure(value) else "-"
 
 
 def _written(unix_s: float) -> str:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ingest.errors import ConfigError
 from ingest.stores import open_store
 from ingest.stores.base import Store
+
+from .plain_json import of_json, to_json
 
 STEPS = "steps/"
 EVENTS_FILE = "events.json"
@@ -73,27 +75,57 @@ def write_steps(store: Store, start: str, records: Sequence[StepRecord]) -> None
 
 
 def read_steps(run_dir: str) -> dict[str, list[StepRecord]]:
-    """Every start's steps, by its name, which sorts by when it was; empty of a run that kept none."""
+    """Every start's steps, by its name, which sorts by when it was; empty of a run that kept none.
+
+    Raises:
+        ConfigError: a file of them is damaged.
+    """
+    found, damaged = whole_steps(run_dir)
+    if damaged:
+        raise ConfigError("; ".join(damaged))
+    return found
+
+
+def whole_steps(run_dir: str) -> tuple[dict[str, list[StepRecord]], list[str]]:
+    """As `read_steps`, of the files that are whole; and what is wrong with each other one, in words."""
+    damaged: list[str] = []
     found: dict[str, list[StepRecord]] = {}
     store = open_store(run_dir)
     entries = [entry for entry in store.list(STEPS) if entry.name.endswith(".parquet")]
     for entry, body in zip(entries, store.fetch(entries), strict=True):
         start = entry.name.removeprefix(STEPS).rpartition("-")[0]
-        table = pq.read_table(io.BytesIO(body), schema=STEPS_SCHEMA)
-        found.setdefault(start, []).extend(StepRecord(**row) for row in table.to_pylist())
-    return {start: found[start] for start in sorted(found)}
+        try:
+            table = pq.read_table(io.BytesIO(body), schema=STEPS_SCHEMA)
+            records = [StepRecord(**row) for row in table.to_pylist()]
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            words = (str(error).splitlines() or [""])[0]
+            damaged.append(
+                f"{store.uri_of(entry.name)}: expected a Parquet file of steps, found something else ({words})"
+            )
+            continue
+        found.setdefault(start, []).extend(records)
+    return {start: found[start] for start in sorted(found)}, damaged
 
 
 def write_events(store: Store, events: Sequence[Event]) -> None:
     """Keep the run's events, in place of what was kept before."""
-    store.put(EVENTS_FILE, json.dumps([dataclasses.asdict(event) for event in events], indent=1).encode())
+    store.put(EVENTS_FILE, to_json([dataclasses.asdict(event) for event in events]).encode())
 
 
 def read_events(run_dir: str) -> list[Event]:
-    """The run's events, oldest first; none of a run that kept none."""
+    """The run's events, oldest first; none of a run that kept none.
+
+    Raises:
+        ConfigError: RUN_DIR/events.json is no list of events.
+    """
     store = open_store(run_dir)
     for entry in store.list(EVENTS_FILE):
         if entry.name == EVENTS_FILE:
-            saved: list[dict[str, Any]] = json.loads(store.fetch([entry])[0])
-            return [Event(**event) for event in saved]
+            try:
+                saved: list[dict[str, Any]] = of_json(store.fetch([entry])[0])
+                return [Event(float(event["at_unix_s"]), str(event["kind"]), str(event["text"])) for event in saved]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(
+                    f"{store.uri_of(EVENTS_FILE)}: expected a list of events, found something else ({error})"
+                ) from error
     return []

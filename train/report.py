@@ -126,4 +126,4 @@ def _is_number(value: object) -> bool:
 
 
 def _written(value: object, form: str) -> str:
-    return "-" if value is None else form.format(value)
+    return form.format(value) if _is_number(value) else "-"

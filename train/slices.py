@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor
 
+from ingest.errors import ConfigError
 from ingest.overlay import OPACITY, class_colour
 from ingest.stores import open_store
 from ingest.stores.base import Store
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 SLICES_FILE = "slices.npz"
 MOST_SLICES = 48  # of a case: with MOST_PIXELS it keeps a case below about 2 MB of page
 MOST_PIXELS = 256  # along H and W
+_BROKEN = (zipfile.BadZipFile, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +79,26 @@ def save_slices(store: Store, cases: Sequence[PredictedCase]) -> None:
 
 
 def load_slices(run_dir: str) -> list[CaseSlices]:
-    """The cases kept with the run; none of a run that kept none. Nothing is unpickled."""
+    """The cases kept with the run; none of a run that kept none. Nothing is unpickled.
+
+    Raises:
+        ConfigError: RUN_DIR/slices.npz is damaged.
+    """
     store = open_store(run_dir)
     for entry in store.list(SLICES_FILE):
         if entry.name == SLICES_FILE:
-            with np.load(io.BytesIO(store.fetch([entry])[0]), allow_pickle=False) as saved:
-                numbers = sorted({name.partition("/")[0] for name in saved.files})
-                return [
-                    _case({name.partition("/")[2]: saved[name] for name in saved.files if name.startswith(number)})
-                    for number in numbers
-                ]
+            body = store.fetch([entry])[0]
+            try:
+                with np.load(io.BytesIO(body), allow_pickle=False) as saved:
+                    numbers = sorted({name.partition("/")[0] for name in saved.files})
+                    return [
+                        _case({name.partition("/")[2]: saved[name] for name in saved.files if name.startswith(number)})
+                        for number in numbers
+                    ]
+            except (ValueError, TypeError, KeyError, AttributeError, EOFError, OSError, *_BROKEN) as error:
+                raise ConfigError(
+                    f"{store.uri_of(SLICES_FILE)}: expected slices that a run kept, found something else ({error})"
+                ) from error
     return []
 
 

@@ -22,6 +22,7 @@ from ingest.stores import open_store
 
 from .config import Recipe, flat_settings
 from .metrics import Row
+from .plain_json import to_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -213,7 +214,7 @@ def begin(tracking: Tracking, recipe: Recipe, run_dir: str, console: Console) ->
         tags = {"run_dir": run_dir, "mlflow.note.content": note, "mlflow.source.name": "voxflux"}
         run = client.create_run(experiment_id, tags=tags, run_name=name)
         kept = {"run_id": run.info.run_id, "experiment_id": experiment_id, "uri": tracking.uri}
-        open_store(run_dir).put(TRACKING_FILE, json.dumps(kept, indent=1).encode())
+        open_store(run_dir).put(TRACKING_FILE, to_json(kept).encode())
     else:
         run = client.get_run(tracking.run_id)
         client.update_run(tracking.run_id, status="RUNNING")

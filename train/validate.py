@@ -16,7 +16,7 @@ import torch.distributed
 
 from ingest.errors import ConfigError
 from ingest.pipeline import DataConfig
-from ingest.quarantine import Quarantine
+from ingest.quarantine import QUARANTINE_FILE, Quarantine, QuarantineEntry
 from ingest.stores import open_store
 from ingest.volumes import decode_rows
 
@@ -26,6 +26,7 @@ from .holdout import Holdout
 T = TypeVar("T")
 
 SCORES_FOLDER = "scores"
+SHOWN = 3  # cases that a message names
 
 
 def gather(mine: T) -> list[T]:
@@ -170,6 +171,7 @@ def evaluate(
         device: of the network.
 
     Raises:
+        ConfigError: every held-out case is in quarantine.
         RuntimeError: a case was scored twice or not at all.
     """
     network.eval()
@@ -177,10 +179,28 @@ def evaluate(
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow")  # type: ignore[arg-type]  # None: as blocks lie
     mine = score_rows(network, tables, holdout.data, window, device, holdout.quarantine)
     parts = gather(mine)
-    bad = 0
+    bad = []
     if holdout.quarantine is not None:
-        bad = len(np.intersect1d(holdout.quarantine.indices(), holdout.indices))
-    return merge(parts, len(holdout.rows) - bad)
+        held_out = set(holdout.indices.tolist())
+        bad = [entry for entry in holdout.quarantine.entries() if entry.index in held_out]
+    if bad and len(bad) == len(holdout.rows):
+        raise none_to_score(bad)
+    return merge(parts, len(holdout.rows) - len(bad))
+
+
+def none_to_score(bad: Sequence[QuarantineEntry]) -> ConfigError:
+    """The error of a run whose held-out cases are all bad.
+
+    Args:
+        bad: the quarantine's entries of all held-out cases, at least one.
+    """
+    named = "; ".join(f"{entry.case_id} ({entry.reason}): {entry.message}" for entry in bad[:SHOWN])
+    more = f"; and {len(bad) - SHOWN} more, in {QUARANTINE_FILE} of the run's folder" if len(bad) > SHOWN else ""
+    return ConfigError(
+        f"expected at least one held-out case that can be scored, found all {len(bad)} in quarantine: {named}{more}; "
+        "mend these cases and begin a new run, or go on without scores by --trainer.resume with "
+        "--trainer.evaluate-every 0"
+    )
 
 
 def share_buffers(network: torch.nn.Module) -> None:

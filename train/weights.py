@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import pickle
 import posixpath
 from typing import Any
@@ -17,6 +16,7 @@ from ingest.stores import ObjectMeta, Store, open_store
 from .best import BEST_FILE
 from .checkpoint import LATEST_FILE, STATE_FILE
 from .config import Recipe, from_json
+from .plain_json import of_json
 from .step import memory_format
 from .unet3d import UNet3D
 
@@ -87,7 +87,16 @@ def find_state(uri: str) -> tuple[str, ObjectMeta, Store]:
         named = _object(store, pointer)
         if named is None:
             continue
-        folder = json.loads(store.fetch([named])[0])["checkpoint"]
+        try:
+            about = of_json(store.fetch([named])[0])
+            folder = about["checkpoint"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{store.uri_of(pointer)}: expected the name of a checkpoint, found something else ({error}); give a "
+                f"checkpoint's own folder as --checkpoint, such as {store.uri_of('best')}"
+            ) from error
+        if pointer == BEST_FILE and about.get("mean_dice", 0.0) is None:  # no score, in a file of an earlier version
+            continue
         entry = _object(store, f"{folder}/{STATE_FILE}")
         if entry is not None:
             return f"{uri}/{folder}", entry, store

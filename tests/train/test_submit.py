@@ -170,9 +170,24 @@ def test_relative_places_are_those_of_here_and_a_jobs_own_are_in_the_heads_home(
     assert found.data.images == str(Path("images").absolute())
     assert found.data.labels == "gs://b/labels"
     assert found.data.manifest == str(Path("m.parquet").absolute())
+    assert found.data.holdout_cases is None
     assert found.run_dir == "~/voxflux/runs/job"
     assert found.demo.data_dir == "~/voxflux/data/demo"
     assert not place_warnings(found, "1.2.3.4", ["1.2.3.4"])
+
+
+def test_relative_places_of_the_held_out_cases_and_the_ledger_are_those_of_here_too():
+    data = dataclasses.replace(DEMO.data, eval_images="images", eval_labels="gs://b/labels")
+    trainer = dataclasses.replace(DEMO.trainer, ledger="ledger")
+    found = placed(dataclasses.replace(DEMO, data=data, trainer=trainer), "job")
+    assert found.data.eval_images == str(Path("images").absolute())
+    assert found.data.eval_labels == "gs://b/labels"
+    assert found.trainer.ledger == str(Path("ledger").absolute())
+    warnings = place_warnings(found, "1.2.3.4", ["1.2.3.4", "1.2.3.5"])
+    assert any(warning.startswith("--data.eval-images") for warning in warnings)
+    for given, expected in (("held.txt", str(Path("held.txt").absolute())), ("kits19-mlperf", "kits19-mlperf")):
+        listed = dataclasses.replace(DEMO, data=dataclasses.replace(DEMO.data, holdout_cases=given))
+        assert placed(listed, "job").data.holdout_cases == expected
 
 
 def test_a_saved_recipe_is_run_with_overrides_and_a_wrong_file_is_refused(tmp_path, capsys):
