@@ -1,12 +1,15 @@
 """The read tasks of an epoch: what Ray counts them by, and what goes to a worker."""
 
+import inspect
 import pickle
 
 import numpy as np
 import pytest
 from ray.data.context import DataContext
+from ray.data.datasource import ReadTask
 
 from ingest.datasource import PairedVolumeDatasource
+from ingest.fetch import ShardSpec
 from ingest.layout import Known, Layout, known_of
 from ingest.manifest import Manifest, cases_of
 from ingest.pairing import Case
@@ -42,9 +45,15 @@ def test_a_task_by_which_ray_only_counts_is_never_taken_for_one_that_has_nothing
         list(source.get_read_tasks(1)[0]())
 
 
+def spec_of(task: ReadTask) -> ShardSpec:
+    """The spec that a task carries, as a worker unpickles it."""
+    payload = inspect.getclosurevars(task.read_fn).nonlocals["payload"]
+    return pickle.loads(payload).args[0]  # noqa: S301  it is ours
+
+
 def test_each_task_carries_its_own_cases_and_no_others_to_the_worker(source):
     tasks = source.get_read_tasks(1, data_context=DataContext.get_current().copy())
-    specs = [task.read_fn.args[0] for task in tasks]
+    specs = [spec_of(task) for task in tasks]
     order = np.concatenate([spec.indices for spec in specs])
     assert sorted(order.tolist()) == list(range(1000))
     for spec in specs:
@@ -64,7 +73,7 @@ def test_shapes_boxes_and_what_is_unknown_get_to_the_worker():
     plan = TrainingPlan(case_bytes=manifest.case_bytes(), seed=3, shards=ShardConfig(shard_cases=40))
     source = PairedVolumeDatasource(manifest, plan)
     for task in source.get_read_tasks(1, data_context=DataContext.get_current().copy())[1::8]:
-        spec = task.read_fn.args[0]
+        spec = spec_of(task)
         there = pickle.loads(pickle.dumps(spec))  # noqa: S301  it is ours
         assert there.rows.equals(spec.rows)
         assert there.rows.schema == manifest.table.schema
@@ -81,7 +90,7 @@ def test_each_execution_reads_the_epochs_that_it_is_for_and_there_is_none_after_
     for execution in range(2):
         context._execution_idx = execution  # as Ray counts
         tasks = source.get_read_tasks(1, data_context=context)
-        found.append(np.concatenate([task.read_fn.args[0].epochs for task in tasks]).tolist())
+        found.append(np.concatenate([spec_of(task).epochs for task in tasks]).tolist())
     assert found == [[2] * 100 + [3] * 100 + [4] * 100, [7] * 100]
     assert sum(task.metadata.num_rows for task in source.get_read_tasks(1)) == 300
     context._execution_idx = 2
@@ -119,7 +128,7 @@ def test_a_case_found_bad_is_left_out_from_the_next_execution_on_and_shifts_none
 
     def order_of(source):
         tasks = source.get_read_tasks(1, data_context=context)
-        return [index for task in tasks for index in task.read_fn.args[0].indices.tolist()]
+        return [index for task in tasks for index in spec_of(task).indices.tolist()]
 
     first = order_of(source)
     found.bad.append(first[0])

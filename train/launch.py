@@ -86,6 +86,9 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
     """
     preflight.check_model(recipe)
     run_dir = resolve_run_dir(recipe, name)
+    if recipe.trainer.ledger:  # relative to here: a rank's working directory is another one
+        ledger = absolute_place(recipe.trainer.ledger)
+        recipe = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, ledger=ledger))
     if recipe.trainer.resume is not None:
         for words in check_run_folder(run_dir):
             console.print(f"warning: {words}", markup=False)
@@ -97,9 +100,6 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         check_early(recipe)
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
-        if recipe.trainer.ledger:  # relative to here: a rank's working directory is another one
-            trainer = dataclasses.replace(recipe.trainer, ledger=absolute_place(recipe.trainer.ledger))
-            recipe = dataclasses.replace(recipe, trainer=trainer)
         served = not recipe.data.images and not recipe.data.manifest
         recipe = stack.enter_context(data_of(recipe, console))
         composed: list[str] = []
@@ -187,8 +187,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             console.print(summary(quarantine.entries(), run_dir))
         ended = stopped.signal_number is None
         pictures, page = leave_behind(job, rows, result, console, ended=ended)
-    kept = result.checkpoint
-    checkpoint = None if kept is None else f"{run_dir}/{PurePosixPath(kept.path).name}"
+    newest = result.checkpoint
+    checkpoint = None if newest is None else f"{run_dir}/{PurePosixPath(newest.path).name}"
     return Outcome(run_dir, rows, checkpoint, pictures, stopped.signal_number, page)
 
 
