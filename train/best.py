@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 from ingest.errors import ConfigError
 from ingest.stores import open_store
 
 from .checkpoint import STATE_FILE
-from .plain_json import of_json, to_json
+from .plain_json import is_figure, of_json, to_json
 
 BEST_FILE = "best.json"
 BEST_FOLDER = "best"
@@ -21,11 +20,6 @@ def is_best(rows: Sequence[Row], row: Row) -> bool:
     """Whether this epoch scored higher than each before it; a figure that is missing or NaN neither wins nor blocks."""
     earlier = [r["mean_dice"] for r in rows if r["epoch"] < row["epoch"] and is_figure(r["mean_dice"])]
     return is_figure(row["mean_dice"]) and all(row["mean_dice"] > other for other in earlier)
-
-
-def is_figure(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def keep_best(run_dir: str, checkpoint: str, row: Row) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from ingest.errors import ConfigError
 
 from .config import Recipe, from_json
+from .plain_json import is_figure
 from .recipes import RECIPES
 
 
@@ -40,7 +41,7 @@ def run_recipe(arguments: list[str]) -> int:
     """`python -m train run RECIPE [overrides]`, or `run --config FILE [--name NAME] [overrides]`."""
     recipe, name = chosen_recipe(arguments)
     console = Console(soft_wrap=True)
-    from .best import is_figure, reached
+    from .best import reached
     from .launch import run  # Ray and torch load here, so that --help answers at once
 
     outcome = run(recipe, name, console)

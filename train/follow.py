@@ -12,10 +12,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from ingest.errors import IngestError
 
-from .best import is_figure
 from .loop import LoopJob
 from .metrics import Row, read_metrics
 from .monitor import Progress as RunProgress
+from .plain_json import is_figure
 from .tracking import MlflowRun
 
 POLL_S = 1.0

@@ -12,10 +12,10 @@ from ingest.errors import ConfigError
 from ingest.stores import open_store
 from ingest.unwrap import own_error
 
-from .best import is_best, is_figure, keep_best
+from .best import is_best, keep_best
 from .checkpoint import name_latest
 from .monitor import Monitor
-from .plain_json import of_json, to_json
+from .plain_json import is_figure, of_json, to_json
 from .waits import CAUSES, add_up
 
 METRICS_FILE = "metrics.json"

@@ -22,8 +22,8 @@ from ingest.errors import IngestError
 from ingest.stores import open_store
 from ingest.tally import Work
 
-from .best import is_figure
 from .gauges import Gauges
+from .plain_json import is_figure
 from .records import Event, StepRecord, read_events, write_events, write_steps
 from .waits import Blocked, EpochWork, by_cause
 

@@ -22,11 +22,10 @@ from ingest.overlay import class_colour
 from ingest.quarantine import QuarantineEntry, load_entries
 from ingest.stores import open_store
 
-from .best import is_figure
 from .config import flat_settings
 from .metrics import METRICS_FILE, read_metrics
 from .page_plots import figures
-from .plain_json import of_json
+from .plain_json import is_figure, of_json
 from .records import Event, read_events, whole_steps
 from .slices import CaseSlices, grey_png, label_png, load_slices
 from .waits import why

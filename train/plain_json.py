@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def to_json(value: object, indent: int | None = 1) -> str:
@@ -19,6 +19,11 @@ def of_json(data: str | bytes) -> Any:
         ValueError: the data are no JSON, or no text.
     """
     return json.loads(data, parse_constant=lambda _: None)
+
+
+def is_figure(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _finite(value: object) -> object:

@@ -143,7 +143,7 @@ def test_the_advice_of_a_step_that_is_not_finite_can_be_followed(tmp_path):
 FLAG = re.compile(r"--((?:data|trainer|optimizer|model|window|demo)\.[a-z0-9]+(?:[.-][a-z0-9]+)*)")
 NEW_RUN = {
     *("data.crop.patch", "data.decode.channels", "data.decode.num_classes", "model.in_channels", "model.num_classes"),
-    *("data.holdout_fraction", "data.holdout_cases"),
+    *("data.holdout_fraction", "data.holdout_cases", "data.subject_pattern"),
 }
 """Settings that messages advise to change and that a resumed run refuses: another network, other samples."""
 
