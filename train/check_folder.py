@@ -16,7 +16,7 @@ from .best import BEST_FILE, BEST_FOLDER, read_best
 from .checkpoint import LATEST_FILE, POSITION_FILE, PROGRESS_PREFIX, STATE_FILE, read_position
 from .config import from_json
 from .holdout import HELD_OUT_FILE
-from .metrics import METRICS_FILE, read_metrics
+from .metrics import METRICS_FILE, written_rows
 from .records import EVENTS_FILE, STEPS, read_events, read_steps
 from .slices import SLICES_FILE, load_slices
 
@@ -37,7 +37,7 @@ ADVICE = {
     METRICS_FILE: f"{_ASIDE}: the weights are not in it, and the run then goes on without the rows of earlier epochs",
     EVENTS_FILE: f"{_ASIDE}: only the page goes by it",
     BEST_FILE: f"{_ASIDE}: evaluate and predict then take the last checkpoint until an epoch scores higher than all",
-    LATEST_FILE: 'put back a copy, or have it name one of the whole checkpoints: {"checkpoint": "NAME"}',
+    LATEST_FILE: "or put back a copy of it",
     SLICES_FILE: f"{_ASIDE}: the page goes without",
     STEPS: f"{_ASIDE}: the page goes without these steps",
 }
@@ -71,7 +71,7 @@ def check_run_folder(run_dir: str) -> list[str]:
         MANIFEST_FILE: lambda: Manifest.load(f"{root}/{MANIFEST_FILE}"),
         HELD_OUT_FILE: lambda: Manifest.load(f"{root}/{HELD_OUT_FILE}"),
         QUARANTINE_FILE: lambda: load_entries(run_dir),
-        METRICS_FILE: lambda: read_metrics(run_dir),
+        METRICS_FILE: lambda: written_rows(run_dir),
         EVENTS_FILE: lambda: read_events(run_dir),
         BEST_FILE: lambda: read_best(run_dir),
         LATEST_FILE: lambda: read_position(run_dir),

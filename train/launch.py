@@ -163,6 +163,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         )
         if resumed:
             position = read_position(run_dir)
+            if position.instead_of is not None:
+                console.print(position.instead_of, markup=False)
             console.print(
                 f"going on from {position.checkpoint or 'the start'}: epoch {position.epoch + 1}, "
                 f"step {position.step}, {len(position.before.indices)} cases of the epoch done"

@@ -149,7 +149,7 @@ class RankLoop:
         self.step_cases = trainer.step_batch * self.world_size
         self.position = job.position()
         if self.position.checkpoint is not None:
-            state = checkpoint.load_state(job.run_dir, self.position.checkpoint, self.device)
+            state = checkpoint.load_state(job.run_dir, self.position.checkpoint)
             self.network.load_state_dict(state["model"])
             self.take_step.load_state_dict(state)
             torch.set_rng_state(state["torch_random"].cpu())
@@ -175,6 +175,8 @@ class RankLoop:
         self.stop_watch = StopWatch(job.stop_flag, self.device)
         self.pulses = Pulses(job.monitor, self.rank, self.world_size)
         if self.rank == 0 and job.monitor is not None:
+            if self.position.instead_of is not None:
+                job.monitor.tell("event", "fault", self.position.instead_of)
             job.monitor.tell("begin", start, self.world_size, self.position.epoch, self.step, self.position.checkpoint)
 
     def run(self) -> None:
@@ -244,6 +246,7 @@ class RankLoop:
             )
         # What every rank says, since each knows of its own part, and the next epoch may be finding more by now.
         quarantined = bad_on_all(gather(self.job.bad_cases(part.indices)))
+        tail = remainder(self.job.train_cases, trained, quarantined, self.step_cases, epoch)
         waits = self.pulses.end(timing)
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -258,7 +261,7 @@ class RankLoop:
             "mean_dice": None,
             "trained": trained,
             "quarantined": quarantined,
-            "tail": max(0, self.job.train_cases - trained - quarantined),
+            "tail": tail,
             **waits,
         }
         if self.take_step.loss_scale is not None:
@@ -294,6 +297,7 @@ class RankLoop:
             checkpoint.write(
                 Path(folder),
                 rank=self.rank,
+                ranks=self.world_size,
                 part=part,
                 step=self.step,
                 network=self.network,
@@ -310,6 +314,29 @@ class RankLoop:
         self.pulses.tell()
         self.stop_watch.close()
         self.ledger.__exit__(None, None, None)
+
+
+def remainder(cases: int, trained: int, quarantined: int, step_cases: int, epoch: int) -> int:
+    """Cases of an epoch that were left out because they make no whole step over all ranks.
+
+    Args:
+        cases: to train on in each epoch.
+        trained: of them, in this epoch, by all ranks.
+        quarantined: of them, found bad by now and not trained on.
+        step_cases: of one step over all ranks.
+        epoch: its number, from 0.
+
+    Raises:
+        RuntimeError: so many are left out that they would have made a step: some were lost on the way.
+    """
+    left = max(0, cases - trained - quarantined)
+    if left >= step_cases:
+        raise RuntimeError(
+            f"expected fewer than {step_cases} cases left out of epoch {epoch}, one step over all ranks, found {left}: "
+            f"{cases} to train on, {trained} trained on, {quarantined} in quarantine; a block of samples was lost: go "
+            "on with --trainer.resume, and report this with the log"
+        )
+    return left
 
 
 def check_epoch(found: Sequence[int], epoch: int) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from ray.train import Checkpoint, UserCallback
 
-from ingest.errors import ConfigError
+from ingest.errors import ConfigError, IngestError
 from ingest.stores import open_store
 from ingest.unwrap import own_error
 
 from .best import is_best, keep_best
-from .checkpoint import name_latest
+from .checkpoint import name_latest, unwritten_rows
 from .monitor import Monitor
 from .plain_json import is_figure, of_json, to_json
 from .waits import CAUSES, add_up
 
 METRICS_FILE = "metrics.json"
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
@@ -61,6 +64,7 @@ class MetricsWriter(UserCallback):
         self._run_dir = run_dir
         self._monitor = monitor
         self._listing_s = listing_s
+        self._unwritten: list[Row] = []
 
     def after_report(
         self,
@@ -68,26 +72,61 @@ class MetricsWriter(UserCallback):
         metrics: list[Row],
         checkpoint: Checkpoint | None,
     ) -> None:
-        """Write the epoch's row, if an epoch is done, keep its checkpoint if it is the best, then go on from it.
+        """Name the checkpoint with the epoch's row, then write metrics.json, then keep the best checkpoint.
 
-        In this order a crash in between has the epoch trained again, and its row and what was kept replaced.
+        Ray has registered the new checkpoint and deleted the oldest by now, and an exception from here ends the run for
+        good. So the checkpoint is named first. What fails after that is told of, and loses nothing: latest.json holds
+        the row until metrics.json does, and the best checkpoint is kept anew with the next one that is better.
         """
         name = None if checkpoint is None else PurePosixPath(checkpoint.path).name
         finished = [report["row"] for report in metrics if report["row"] is not None]
-        if finished:
-            row = merge_ranks(finished)
-            row["stall_by_cause_s"]["listing"], self._listing_s = self._listing_s, 0.0
-            row["mean_dice"] = row["mean_dice"] if is_figure(row["mean_dice"]) else None
-            if self._monitor is not None:
-                row["retries"] = self._monitor.ask("retries_of", row["epoch"]) or {}
-            rows = upsert(read_metrics(self._run_dir), row)
-            open_store(self._run_dir).put(METRICS_FILE, to_json(rows).encode())
-            if self._monitor is not None:
-                self._monitor.tell("epoch_done", row)
-            if name is not None and is_best(rows, row):
-                keep_best(self._run_dir, name, row)
+        row = self._row(finished) if finished else None
+        written, rows = self._rows()
+        rows = rows if row is None else upsert(rows, row)
+        self._unwritten = [each for each in rows if written is None or each not in written]
         if name is not None:
-            name_latest(self._run_dir, name)
+            name_latest(self._run_dir, name, self._unwritten)
+        if self._unwritten and written is not None:
+            with self._told_of("metrics.json"):
+                open_store(self._run_dir).put(METRICS_FILE, to_json(rows).encode())
+        if row is None:
+            return
+        if self._monitor is not None:
+            self._monitor.tell("epoch_done", row)
+        if name is not None and is_best(rows, row):
+            with self._told_of("the best checkpoint"):
+                keep_best(self._run_dir, name, row)
+
+    def _row(self, finished: Sequence[Row]) -> Row:
+        row = merge_ranks(finished)
+        row["stall_by_cause_s"]["listing"], self._listing_s = self._listing_s, 0.0
+        row["mean_dice"] = row["mean_dice"] if is_figure(row["mean_dice"]) else None
+        if self._monitor is not None:
+            row["retries"] = self._monitor.ask("retries_of", row["epoch"]) or {}
+        as_read: Row = of_json(to_json(row))  # as it is read again, so that rows can be compared
+        return as_read
+
+    def _rows(self) -> tuple[list[Row] | None, list[Row]]:
+        """The rows that metrics.json holds, and those with the ones that only latest.json holds.
+
+        Where they cannot be read, the first are None and the second those that this process has yet to write: the
+        checkpoint must be named all the same, and metrics.json must not be replaced by a part of it.
+        """
+        written: list[Row] | None = None
+        rows = self._unwritten
+        with self._told_of("the rows of earlier epochs"):
+            rows, written = read_metrics(self._run_dir), written_rows(self._run_dir)
+        return written, rows
+
+    @contextlib.contextmanager
+    def _told_of(self, what: str) -> Iterator[None]:
+        """A failure of a store is a warning and an event, and no exception."""
+        try:
+            yield
+        except (IngestError, OSError) as error:
+            logger.warning("could not keep or read %s of the run: %s", what, error)
+            if self._monitor is not None:
+                self._monitor.tell("event", "fault", f"could not keep or read {what}: {error}"[:500])
 
     def after_exception(
         self,
@@ -102,7 +141,19 @@ class MetricsWriter(UserCallback):
 
 
 def read_metrics(run_dir: str) -> list[Row]:
-    """The rows written so far, by epoch; empty before the first.
+    """The rows written so far, by epoch; empty before the first. Those that only latest.json holds are among them.
+
+    Raises:
+        ConfigError: RUN_DIR/metrics.json is no list of rows, or latest.json is damaged.
+    """
+    rows = written_rows(run_dir)
+    for row in unwritten_rows(run_dir):
+        rows = upsert(rows, row)
+    return rows
+
+
+def written_rows(run_dir: str) -> list[Row]:
+    """The rows of metrics.json.
 
     Raises:
         ConfigError: RUN_DIR/metrics.json is no list of rows.

@@ -76,7 +76,7 @@ def calm(places, tmp_path_factory) -> Calm:
 
 
 def weights_of(run_dir: str) -> dict[str, torch.Tensor]:
-    return load_state(run_dir, read_position(run_dir).checkpoint, "cpu")["model"]
+    return load_state(run_dir, read_position(run_dir).checkpoint)["model"]
 
 
 def test_five_kills_lose_nothing_and_end_in_the_same_weights_to_the_last_bit(places, calm, tmp_path):

@@ -60,7 +60,7 @@ def trained_by_32(recipe: Recipe, epochs: int) -> tuple[dict[str, torch.Tensor],
 
 
 def same_weights(run_dir: str, wanted: dict[str, torch.Tensor]) -> None:
-    found = load_state(run_dir, read_position(run_dir).checkpoint, "cpu")["model"]
+    found = load_state(run_dir, read_position(run_dir).checkpoint)["model"]
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not used, and never ahead of the data."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,16 @@ from train import checkpoint
 from train.checkpoint import START, Position
 from train.config import Recipe, TrainerConfig
 from train.holdout import Holdout
-from train.loop import LoopJob, bad_on_all
+from train.loop import LoopJob, bad_on_all, remainder
 
 
 def indices(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int64)
 
 
-def save(run_dir: Path, name: str, *, epoch: int, step: int, parts: list[np.ndarray]) -> torch.nn.Module:
+def save(
+    run_dir: Path, name: str, *, epoch: int, step: int, parts: list[np.ndarray], ranks: int | None = None
+) -> torch.nn.Module:
     network = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     folder = run_dir / name
@@ -32,6 +35,7 @@ def save(run_dir: Path, name: str, *, epoch: int, step: int, parts: list[np.ndar
         checkpoint.write(
             folder,
             rank=rank,
+            ranks=ranks or len(parts),
             part=EpochPart(epoch, mine, 1.0, 1),
             step=step,
             network=network,
@@ -52,7 +56,7 @@ def test_the_named_checkpoint_counts_and_not_a_newer_one_that_is_not_named_yet(t
     position = checkpoint.read_position(str(tmp_path))
     assert (position.checkpoint, position.epoch, position.step) == ("checkpoint_a", 1, 5)
     assert position.before.indices.tolist() == [1, 2, 3]
-    state = checkpoint.load_state(str(tmp_path), "checkpoint_a", "cpu")
+    state = checkpoint.load_state(str(tmp_path), "checkpoint_a")
     assert torch.equal(state["model"]["weight"], network.weight)
 
 
@@ -62,6 +66,51 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path):
     (tmp_path / "checkpoint_a" / "state.pt").unlink()
     with pytest.raises(ConfigError, match=r"expected state\.pt, position\.json and progress-\*\.npz"):
         checkpoint.read_position(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["gone", "no state", "a rank's progress is missing", "position cut", "progress cut"])
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_if_the_named_one_is_not_and_says_so(tmp_path, damage):
+    save(tmp_path, "checkpoint_a", epoch=0, step=3, parts=[indices(1), indices(2)])
+    save(tmp_path, "checkpoint_b", epoch=1, step=5, parts=[indices(4), indices(5)])
+    save(tmp_path, "checkpoint_c", epoch=2, step=9, parts=[indices(7), indices(8)])
+    checkpoint.name_latest(str(tmp_path), "checkpoint_c")
+    named = tmp_path / "checkpoint_c"
+    if damage == "gone":
+        shutil.rmtree(named)
+    elif damage == "no state":
+        (named / "state.pt").unlink()
+    elif damage == "a rank's progress is missing":
+        (named / "progress-00001.npz").unlink()
+    else:
+        file = named / ("position.json" if damage == "position cut" else "progress-00000.npz")
+        file.write_bytes(file.read_bytes()[:9])
+    position = checkpoint.read_position(str(tmp_path))
+    assert (position.checkpoint, position.step) == ("checkpoint_b", 5)
+    assert str(named) in position.instead_of
+
+
+def test_without_latest_json_a_run_goes_on_from_the_newest_whole_checkpoint_and_does_not_train_again(tmp_path):
+    save(tmp_path, "checkpoint_a", epoch=1, step=5, parts=[indices(1)])
+    save(tmp_path, "checkpoint_b", epoch=2, step=9, parts=[indices(2)])
+    state = tmp_path / "checkpoint_b" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100])  # cut off while it was written
+    position = checkpoint.read_position(str(tmp_path))
+    assert (position.checkpoint, position.epoch) == ("checkpoint_a", 1)
+    assert "latest.json, found none" in position.instead_of
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"checkpoint": 3}', '{"checkpoint": "a", "rows": 1}'])
+def test_a_damaged_latest_json_is_named(tmp_path, text):
+    save(tmp_path, "checkpoint_a", epoch=1, step=5, parts=[indices(1)])
+    (tmp_path / "latest.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"latest\.json: expected the name of a checkpoint"):
+        checkpoint.read_position(str(tmp_path))
+
+
+def test_an_epoch_that_leaves_out_a_step_beyond_its_quarantine_is_an_error():
+    assert remainder(cases=41, trained=36, quarantined=2, step_cases=4, epoch=0) == 3
+    with pytest.raises(RuntimeError, match="found 4: 41 to train on, 36 trained on, 1 in quarantine"):
+        remainder(cases=41, trained=36, quarantined=1, step_cases=4, epoch=0)
 
 
 def test_what_is_left_of_an_epoch_is_skipped_when_it_makes_no_step():
@@ -100,6 +149,6 @@ def test_a_case_that_turned_bad_after_it_was_trained_on_does_not_count_as_left(t
 
 def test_a_checkpoint_holds_nothing_that_runs_when_it_is_loaded(tmp_path):
     save(tmp_path, "checkpoint_a", epoch=0, step=1, parts=[indices(1)])
-    assert json.loads((tmp_path / "checkpoint_a" / "position.json").read_text()) == {"epoch": 0, "step": 1}
+    assert json.loads((tmp_path / "checkpoint_a" / "position.json").read_text()) == {"epoch": 0, "step": 1, "ranks": 1}
     torch.load(tmp_path / "checkpoint_a" / "state.pt", weights_only=True)
     np.load(tmp_path / "checkpoint_a" / "progress-00000.npz", allow_pickle=False).close()

@@ -140,6 +140,7 @@ def saved(step: TrainStep, folder: Path) -> dict[str, Any]:
     checkpoint.write(
         folder,
         rank=0,
+        ranks=1,
         part=EpochPart(0, np.zeros(0, np.int64)),
         step=1,
         network=step.network,
@@ -147,7 +148,7 @@ def saved(step: TrainStep, folder: Path) -> dict[str, Any]:
         recipe_json="{}",
         scaler=step.scaler,
     )
-    return checkpoint.load_state(str(folder.parent), folder.name, CPU)
+    return checkpoint.load_state(str(folder.parent), folder.name)
 
 
 def test_a_float16_gradient_that_overflows_leaves_the_weights_and_halves_the_scale_which_checkpoints_keep(
@@ -270,3 +271,19 @@ def test_auto_takes_bf16_only_where_the_gpu_has_it(
     device: str, capability: tuple[int, int] | None, precision: str
 ) -> None:
     assert precision_of(device, capability) == precision
+
+
+def test_after_a_resume_the_counts_of_steps_lie_on_the_host_wherever_the_weights_lie(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    adamw = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    adamw.step()
+    folder = tmp_path / "checkpoint_a"
+    folder.mkdir()
+    part = EpochPart(0, np.zeros(0, np.int64))
+    checkpoint.write(folder, rank=0, ranks=1, part=part, step=1, network=network, optimizer=adamw, recipe_json="{}")
+    elsewhere = torch.nn.Linear(2, 2, device="meta")  # in the place of a GPU
+    resumed = torch.optim.AdamW(elsewhere.parameters())
+    resumed.load_state_dict(checkpoint.load_state(str(tmp_path), "checkpoint_a")["optimizer"])
+    kept = resumed.state_dict()["state"][0]
+    assert (kept["step"].device.type, kept["exp_avg"].device.type) == ("cpu", "meta")
