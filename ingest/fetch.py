@@ -22,7 +22,7 @@ from .layout import NAMES, Known, known_of
 from .manifest import cases_of
 from .pairing import Case
 from .plan import Indices
-from .quarantine import BadCaseConfig, Quarantine, entry_of
+from .quarantine import BadCaseConfig, Quarantine, QuarantineEntry, entry_of
 from .slab import BadCase, Patch, Slabs
 from .stores.base import ObjectMeta, Store, StoreConfig, open_store
 from .tally import TALLY, Recorder
@@ -256,10 +256,14 @@ def _bytes_of(arrived: Sequence[Fetched]) -> int:
 def _table(spec: ShardSpec, cases: Sequence[Case], chunk: slice, fetched: Sequence[Fetched]) -> pa.Table:
     cases, indices, epoch = cases[chunk], spec.indices[chunk], int(spec.epochs[chunk.start])
     images, labels = _store(spec.images_uri, spec.store), _store(spec.labels_uri, spec.store)
-    good = [
+    settled = [
         None if found is None else _settled(spec, case, epoch, index, found)
         for case, index, found in zip(cases, indices.tolist(), fetched, strict=True)
     ]
+    bad = [entry for entry in settled if isinstance(entry, QuarantineEntry)]
+    if spec.quarantine is not None and bad:
+        spec.quarantine.report(*bad)  # at once: the book writes about once a second
+    good = [row if isinstance(row, _Row) else None for row in settled]
     rows = [_blank(spec, case) if row is None else row for case, row in zip(cases, good, strict=True)]
     boxes = pa.nulls(len(cases), pa.list_(pa.int32()))
     if NAMES[-1] in spec.rows.column_names:
@@ -299,12 +303,13 @@ def _uncopied(bodies: Sequence[Buffer]) -> pa.ChunkedArray:
     )
 
 
-def _settled(spec: ShardSpec, case: Case, epoch: int, index: int, fetched: Bodies | Patch | BadCase) -> _Row | None:
-    """The row of a case; None where the case is left out, which is reported first.
+def _settled(
+    spec: ShardSpec, case: Case, epoch: int, index: int, fetched: Bodies | Patch | BadCase
+) -> _Row | QuarantineEntry:
+    """The row of a case, or the entry of one that is left out.
 
     Raises:
         ObjectError, DecodeError: an object is bad, and the policy is not to leave its case out.
-        QuarantineBudgetError: one bad case too many.
     """
     refresh = spec.bad.on_stale == "refresh"
     found: _Row | Patch | BadCase
@@ -320,9 +325,7 @@ def _settled(spec: ShardSpec, case: Case, epoch: int, index: int, fetched: Bodie
         raise found.error
     uri, meta = (spec.images_uri, case.image) if found.role == "image" else (spec.labels_uri, case.label)
     name = _store(uri, spec.store).uri_of(meta.name)
-    entry = entry_of(found.error, index=index, case_id=case.case_id, uri=name, epoch=epoch)
-    spec.quarantine.report(entry)
-    return None
+    return entry_of(found.error, index=index, case_id=case.case_id, uri=name, epoch=epoch)
 
 
 def _both(spec: ShardSpec, case: Case, bodies: Bodies, *, refresh: bool) -> _Row | BadCase:

@@ -28,7 +28,7 @@ from .layout import read_boxes
 from .manifest import Manifest
 from .pairing import PairingConfig
 from .plan import Indices, ShardConfig, TrainingPlan, block_batches, split_holdout
-from .quarantine import BadCaseConfig, Quarantine, entry_of
+from .quarantine import BadCaseConfig, Quarantine, QuarantineEntry, entry_of
 from .slab import Slabs, boxes_of, names_fault
 from .stores.base import StoreConfig
 from .tally import TALLY, Recorder
@@ -342,6 +342,7 @@ def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig, qu
     image_npy, label_npy = views(raw["image_npy"]), views(raw["label_npy"])
     boxes = raw["boxes"].to_pylist()
     good: list[int] = []
+    bad: list[QuarantineEntry] = []
     for row in range(rows):
         if left_out[row]:
             continue
@@ -358,9 +359,7 @@ def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig, qu
             if quarantine is None:
                 raise
             uri = label_names[row] if names_fault(error, label_names[row]) else image_names[row]
-            quarantine.report(
-                entry_of(error, index=int(index[row]), case_id=case_ids[row], uri=uri, epoch=int(epoch[row]))
-            )
+            bad.append(entry_of(error, index=int(index[row]), case_id=case_ids[row], uri=uri, epoch=int(epoch[row])))
             continue
         if boxes[row] is None:
             find_boxes = functools.partial(boxes_of, label_names[row], label_npy[row], label_1DHW)
@@ -376,6 +375,8 @@ def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig, qu
             boxes=find_boxes,
         )
         good.append(row)
+    if quarantine is not None and bad:
+        quarantine.report(*bad)  # at once: the book writes about once a second
     return {
         "case_id": np.asarray([case_ids[row] for row in good], dtype=object),
         "index": index if len(good) == rows else index[good],

@@ -7,7 +7,8 @@ import dataclasses
 import io
 import math
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -26,8 +27,12 @@ from .errors import (
 )
 from .plan import Indices
 from .stores.base import open_store
+from .stores.local import LocalStore
 
 QUARANTINE_FILE = "quarantine.parquet"
+WRITE_EVERY_S = 1.0
+"""Seconds between two writes of one object in a bucket (https://cloud.google.com/storage/quotas, on objects)."""
+
 SHOWN = 10  # cases that a message names before "and N more"
 
 SCHEMA = pa.schema(
@@ -118,11 +123,11 @@ class QuarantineEntry:
 class Quarantine(Protocol):
     """Keeps a run's bad cases. Thread-safe; an answer holds for every process of the run."""
 
-    def report(self, entry: QuarantineEntry) -> None:
-        """Take a case in: when this returns, the entry is written. Once is enough; a case's first entry stays.
+    def report(self, *entries: QuarantineEntry) -> None:
+        """Take cases in: when this returns, their entries are written. Once is enough; a case's first entry stays.
 
         Raises:
-            QuarantineBudgetError: the case is one more than the budget allows.
+            QuarantineBudgetError: the cases are more than the budget allows; as many as it allows are taken in.
         """
 
     def entries(self) -> list[QuarantineEntry]:
@@ -132,6 +137,15 @@ class Quarantine(Protocol):
         """(q,) int64, their indices, ascending."""
 
 
+class _Write:
+    """Entries that are written together, and what came of it."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, QuarantineEntry] = {}
+        self.done = False
+        self.error: Exception | None = None
+
+
 class QuarantineBook:
     """The book itself, of this process or inside an actor. Does not pickle: see `quarantine_actor` for that.
 
@@ -139,32 +153,87 @@ class QuarantineBook:
     cases again, delete the file between two starts.
     """
 
-    def __init__(self, run_dir: str | None, budget: int) -> None:
+    def __init__(
+        self,
+        run_dir: str | None,
+        budget: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         """Note where and how much; the file is read when the book is first asked.
 
         Args:
             run_dir: the run's folder or gs:// place; None writes nothing.
             budget: cases that may be taken in.
+            clock: gives seconds.
+            sleep: waits that many seconds.
         """
         self._run_dir = run_dir
         self._budget = budget
+        self._clock, self._sleep = clock, sleep
         self._lock = threading.Lock()
+        self._one_writer = threading.Lock()
+        self._next_write_s = clock()
         self._entries: dict[int, QuarantineEntry] | None = None
+        self._open: _Write | None = None
+        self._under_way: _Write | None = None
         self._refused: dict[int, QuarantineEntry] = {}
 
-    def report(self, entry: QuarantineEntry) -> None:
-        """See `Quarantine.report`."""
+    def report(self, *entries: QuarantineEntry) -> None:
+        """See `Quarantine.report`. One write takes the entries of all threads that wait for it."""
         with self._lock:
-            known = self._loaded()
+            write, over = self._joined(entries)
+        if write is not None:
+            with self._one_writer:
+                if not write.done:
+                    self._write(write)
+            if write.error is not None:
+                raise write.error
+        if over:
+            raise over_budget([*self.entries(), *self._refused.values()], self._budget)
+
+    def _joined(self, entries: Sequence[QuarantineEntry]) -> tuple[_Write | None, bool]:
+        """The write that will take these entries, None where nothing is left to write; whether some are over the budget."""
+        known = self._loaded()
+        write, over = None, False
+        for entry in entries:
             if entry.index in known:
-                return
-            if len(known) >= self._budget:
-                self._refused[entry.index] = entry
-                raise over_budget([*known.values(), *self._refused.values()], self._budget)
-            taken = {**known, entry.index: entry}
+                continue
+            pending = [each for each in (self._under_way, self._open) if each is not None]
+            joined = next((each for each in pending if entry.index in each.entries), None)
+            if joined is None:
+                if len(known) + sum(len(each.entries) for each in pending) >= self._budget:
+                    self._refused[entry.index] = entry
+                    over = True
+                    continue
+                self._open = joined = self._open or _Write()
+                joined.entries[entry.index] = entry
+            if write is not self._open:  # the open one is written last
+                write = joined
+        return write, over
+
+    def _write(self, write: _Write) -> None:
+        """Write what has joined, when the place takes a write again; others join the next one meanwhile."""
+        self._sleep(max(0.0, self._next_write_s - self._clock()))
+        with self._lock:
+            self._open, self._under_way = None, write
+            known = self._loaded()
+            taken = known | {index: entry for index, entry in write.entries.items() if index not in known}
+        try:
             if self._run_dir is not None:
-                open_store(self._run_dir).put(QUARANTINE_FILE, to_parquet(taken.values()))
-            self._entries = taken
+                store = open_store(self._run_dir)
+                store.put(QUARANTINE_FILE, to_parquet(taken.values()))
+                if not isinstance(store, LocalStore):
+                    self._next_write_s = self._clock() + WRITE_EVERY_S
+            with self._lock:
+                self._entries = taken
+        except Exception as error:  # noqa: BLE001  raised by all whose entries were not written
+            write.error = error
+        finally:
+            with self._lock:
+                self._under_way = None
+            write.done = True
 
     def entries(self) -> list[QuarantineEntry]:
         """See `Quarantine.entries`."""

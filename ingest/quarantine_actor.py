@@ -15,6 +15,8 @@ from .plan import Indices
 from .quarantine import BadCaseConfig, QuarantineBook, QuarantineEntry, over_budget
 from .unwrap import own_error
 
+WAITING = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class QuarantineHandle:
@@ -37,9 +39,9 @@ class QuarantineHandle:
     def __reduce__(self) -> tuple[type[QuarantineHandle], tuple[str, str, str]]:
         return QuarantineHandle, (self.name, self.namespace, self.run_dir)
 
-    def report(self, entry: QuarantineEntry) -> None:
+    def report(self, *entries: QuarantineEntry) -> None:
         """See `Quarantine.report`."""
-        self._ask("report", entry)
+        self._ask("report", *entries)
 
     def entries(self) -> list[QuarantineEntry]:
         """See `Quarantine.entries`."""
@@ -93,6 +95,7 @@ def start_quarantine(run_dir: str, config: BadCaseConfig, cases: int) -> Quarant
             name=name,
             namespace=context.namespace,
             num_cpus=0,
+            max_concurrency=WAITING,  # reports that wait for the next write together
             max_restarts=-1,
             max_task_retries=-1,  # all that it is asked may be asked twice
             scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True),

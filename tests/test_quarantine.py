@@ -1,8 +1,11 @@
 """Bad cases: the policy, the budget, the book, and what reading and decoding make of each kind."""
 
+import concurrent.futures
 import logging
 import math
 import pickle
+import threading
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,6 +32,7 @@ from ingest.fetch import FetchConfig, ShardSpec, read_shard
 from ingest.index import index_cases
 from ingest.pipeline import DataConfig, sample_patches, training_dataset
 from ingest.quarantine import (
+    WRITE_EVERY_S,
     BadCaseConfig,
     QuarantineBook,
     QuarantineEntry,
@@ -176,6 +180,40 @@ def test_an_entry_that_cannot_be_written_is_not_taken_in(tmp_path):
     with pytest.raises(StoreError):
         book.report(entry(1))
     assert book.entries() == []
+
+
+def test_a_thousand_bad_cases_in_a_bucket_are_two_writes_a_second_apart_that_acknowledge_all_who_wait(bucket):
+    run_dir = f"gs://{bucket}/run"
+    slept: list[float] = []
+    all_wait = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        if seconds > 0:  # not before the first write
+            assert all_wait.wait(60)
+            slept.append(seconds)
+
+    book = QuarantineBook(run_dir, budget=1000, clock=lambda: 0.0, sleep=sleep)
+    book.report(entry(0))
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        reports = [pool.submit(book.report, *map(entry, range(1 + n, 1000, 20))) for n in range(20)]
+        while book._open is None or len(book._open.entries) < 999:
+            time.sleep(0.01)
+        assert not any(report.done() for report in reports)
+        assert book.indices().tolist() == [0]
+        all_wait.set()
+        for report in reports:
+            report.result(60)
+    assert slept == [WRITE_EVERY_S]
+    assert sorted(case.index for case in load_entries(run_dir)) == list(range(1000))
+
+
+def test_of_several_bad_cases_as_many_are_taken_in_as_the_budget_allows_and_the_rest_is_named():
+    book = QuarantineBook(None, budget=3)
+    book.report(entry(1), entry(4), entry(1, epoch=2))
+    assert book.entries() == [entry(1), entry(4)]
+    with pytest.raises(QuarantineBudgetError, match=r"found 5: .*case_00006.*case_00007"):
+        book.report(entry(5), entry(6), entry(7))
+    assert book.indices().tolist() == [1, 4, 5]
 
 
 @pytest.mark.parametrize("body", [b"no parquet", None])

@@ -218,13 +218,13 @@ class StoreConfig:
     """GCS: objects a listing's page; the server gives no more than 5,000."""
 
     fast_listing_above: int = 100_000
-    """GCS: a prefix with more objects than this is listed by Dataflux's parallel listing."""
+    """GCS: a prefix with more objects than this is listed in parallel, by ranges of names."""
 
     fast_listing_processes: int = 16
-    """GCS: processes of the parallel listing."""
+    """GCS: processes of Dataflux's listing, which finds the split points, and ranges listed at a time (at most 10)."""
 
     fast_listing_timeout_s: float = 900.0
-    """GCS: time after which a parallel listing is ended and a plain one finishes the work."""
+    """GCS: time after which Dataflux's listing is ended, and probing finds the split points."""
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "compose", "direct"):
