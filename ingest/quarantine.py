@@ -194,7 +194,7 @@ class QuarantineBook:
             raise over_budget([*self.entries(), *self._refused.values()], self._budget)
 
     def _joined(self, entries: Sequence[QuarantineEntry]) -> tuple[_Write | None, bool]:
-        """The write that will take these entries, None where nothing is left to write; whether some are over the budget."""
+        """The write that will take these entries, None where all are written; and whether some are over the budget."""
         known = self._loaded()
         write, over = None, False
         for entry in entries:

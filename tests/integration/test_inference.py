@@ -232,7 +232,7 @@ def test_the_best_checkpoint_is_kept_though_later_ones_replace_it(tmp_path):
     assert json.loads((tmp_path / BEST_FILE).read_text()) == {
         "checkpoint": "best", "epoch": 2, "step": 20, "mean_dice": 0.8
     }  # fmt: skip
-    assert json.loads((tmp_path / "latest.json").read_text()) == {"checkpoint": "checkpoint_4"}
+    assert json.loads((tmp_path / "latest.json").read_text())["checkpoint"] == "checkpoint_4"
 
 
 def test_a_checkpoint_of_another_network_is_refused_with_the_tensors_that_differ(trained, tmp_path):
