@@ -62,6 +62,6 @@ def test_passing_faults_change_no_byte_of_a_range(gcs_server, bucket, monkeypatc
 def test_a_range_of_a_server_that_stays_down_ends_in_unreachable(gcs_server, bucket, monkeypatch):
     with FaultProxy(gcs_server.url, [Fault(kind="status", status=503, request="read")]) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-        store = open_store(f"gs://{bucket}", StoreConfig(retry_deadline_s=0.3, **LAZY))
+        store = open_store(f"gs://{bucket}", StoreConfig(**LAZY | {"retry_deadline_s": 0.3, "read_timeout_s": 30.0}))
         with pytest.raises(UnreachableError, match="503"):
             store.fetch_ranges([RangeRequest(ObjectMeta("a", 10, 1), 0, 5)])

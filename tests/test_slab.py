@@ -30,7 +30,6 @@ from ingest.testing import FaultProxy, MemoryStore, npy_bytes
 from .ruined import AFTER_LISTING, REASONS, files_of, make_set, ruin
 
 PATCH = (4, 4, 4)
-LAZY = {"retry_first_s": 0.01, "retry_longest_s": 0.05, "read_timeout_s": 0.5}
 
 
 class Counting(MemoryStore):
@@ -364,7 +363,7 @@ def test_a_cloud_gets_few_requests_and_a_folder_only_what_is_needed(
     image, label = volume((64, 40, 40))
     with FaultProxy(gcs_server.url) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-        images, labels = (open_store(f"gs://{bucket}/{role}", StoreConfig(**LAZY)) for role in ("images", "labels"))
+        images, labels = (open_store(f"gs://{bucket}/{role}", StoreConfig()) for role in ("images", "labels"))
         case = put_case(images, labels, image, label)
         slab.forget()
         cutter = slabs((16, 16, 16), foreground=0.0)
