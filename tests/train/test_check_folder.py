@@ -160,7 +160,5 @@ def test_weights_with_four_flipped_bytes_are_refused_by_name(run_dir, folder):
     middle = len(data) // 2
     data[middle : middle + 4] = bytes(255 - value for value in data[middle : middle + 4])
     file.write_bytes(data)
-    with pytest.raises(
-        ConfigError, match=rf"{folder}/state\.pt: expected the weights .* found damage"
-    ):
+    with pytest.raises(ConfigError, match=rf"{folder}/state\.pt: expected the weights .* found damage"):
         load_trained(f"{run_dir}/{folder}")
