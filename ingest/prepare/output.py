@@ -172,6 +172,8 @@ def _read_settings(store: Store) -> dict[str, Any] | None:
             f"({type(error).__name__}: {error}); choose another --output or delete this one"
         ) from error
     settings: dict[str, Any] = about
+    if settings.get("source") == "kits19":
+        settings.setdefault("resample", "mlperf")  # the only way there was when outputs did not say
     return settings
 
 
