@@ -307,7 +307,7 @@ def load_entries(run_dir: str) -> list[QuarantineEntry]:
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ManifestError(
             f"{store.uri_of(QUARANTINE_FILE)}: expected a Parquet file with the columns {SCHEMA.names}, found "
-            f"something else ({error}); put back the one that the run wrote, or delete it to try all cases again"
+            f"something else ({error}); put back the one that the run wrote, or move it away to try all cases again"
         ) from error
     return [QuarantineEntry(**row) for row in table.to_pylist()]
 

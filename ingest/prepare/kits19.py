@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .. import mistakes
 from ..errors import DecodeError, EmptyListingError, MissingDependencyError, PairingError, PlaceNotFoundError
 from ..geometry import Affine, resampled_affine
 from .case import Pair, case_id
@@ -226,14 +227,14 @@ def load_pair(
             f"{image_path}: expected finite voxels, found {bad} NaN or infinite ones; fetch the file anew",
             "not-finite",
         )
-    label_DHW = label_raw.astype(np.uint8)
-    if not np.array_equal(label_DHW, label_raw) or label_DHW.max(initial=0) >= CLASSES:
+    if not np.isin(label_raw, range(CLASSES)).all():
         others = np.setdiff1d(label_raw, np.arange(CLASSES))
         raise DecodeError(
-            f"{label_path}: expected the labels 0, 1 and 2, found also {others[:5].tolist()}; map them to "
-            "the three classes first",
+            f"{label_path}: expected the labels 0, 1 and 2, found also {others[:5].tolist()}; "
+            f"{mistakes.label_advice(mistakes.look_at(label_raw), CLASSES, fixed=True)}",
             "label-range",
         )
+    label_DHW = label_raw.astype(np.uint8)
     if moved:
         outside = count_outside(label_DHW, label.affine, volume.affine, volume.shape)
         if outside:
@@ -329,7 +330,8 @@ def _open_volume(path: Path, *, data: bool = False) -> _Volume:
         ) from error
     if not whole:
         raise DecodeError(
-            f"{path}: expected a 3-D volume (D, H, W) with voxels, found shape {shape}; take one volume out of it",
+            f"{path}: expected a 3-D volume (D, H, W) with voxels, found shape {shape}; of a series of scans, take the "
+            "one that is wanted; of a label with a channel a class, its argmax along that axis",
             "not-3d",
         )
     return _Volume(shape, array, (depth_mm, height_mm, width_mm), affine)

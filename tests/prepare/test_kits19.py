@@ -167,6 +167,30 @@ def test_a_label_of_another_class_is_refused_with_its_value(tmp_path) -> None:
     expect(DecodeError, r"labels 0, 1 and 2, found also \[7", tmp_path / "in", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("label", "said", "follow"),
+    [
+        ([[0, 255]], "it is a mask of 0 and 255", lambda label: label == 255),
+        ([[-1, 2]], "find out what -1 means", lambda label: np.where(label == -1, 0, label)),
+        ([[0, 0.99999994]], "to be rounded, not cut", np.rint),
+        ([[0, 7]], "map each value to its class", lambda label: np.where(label == 7, 2, label)),
+    ],
+)
+def test_a_label_of_a_common_mistake_is_prepared_once_its_advice_is_followed(tmp_path, label, said, follow) -> None:
+    label = np.broadcast_to(np.float32(label), (4, 4, 2))
+    place = tmp_path / "in" / "case_00000"
+    write_case(tmp_path / "in", 0, image=np.zeros((4, 4, 2)), label=np.zeros((4, 4, 2)), spacing=(1, 1, 1))
+    nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), place / "segmentation.nii.gz")
+    settings = {"spacing": (1, 1, 1), "shape": (1, 1, 1)}
+    with pytest.raises(DecodeError, match=said) as caught:
+        run(tmp_path / "in", tmp_path / "out", **settings)
+    assert "--data." not in str(caught.value)
+    mended = np.uint8(follow(label))
+    nibabel.save(nibabel.Nifti1Image(mended, np.eye(4)), place / "segmentation.nii.gz")
+    run(tmp_path / "in", tmp_path / "out", **settings)
+    np.testing.assert_array_equal(load(tmp_path / "out", "case_00000")[1][0], mended)
+
+
 def test_voxels_that_are_not_finite_are_refused_with_their_number(tmp_path) -> None:
     image = np.zeros((4, 4, 4))
     image[0, 0, :3] = [np.nan, np.inf, -np.inf]
