@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from ingest.commands import IndexConfig, InspectConfig, index, inspect
 from ingest.decode import read_array
 from ingest.emulator import EmbeddedServer
 from ingest.errors import DecodeError, ObjectError, ObjectNotFoundError
-from ingest.gunzip import gunzip
+from ingest.gunzip import gunzip, gunzip_head
 from ingest.pairing import PairingConfig
 from ingest.stores import StoreConfig, Transport, open_store
 from ingest.stores.base import ObjectMeta
@@ -55,6 +56,50 @@ def test_gzip_of_several_members_is_one_and_bombs_and_damage_are_refused() -> No
         gunzip(gzip.compress(bytes(10**6)), 1000)
     with pytest.raises(DecodeError, match="ends too early"):
         read_array(gzip.compress(npy(VOLUME))[:-9], "x", np.dtype(np.float32))
+
+
+def header_of(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 16, 16, 16), "more than 16,512 bytes, with a header that calls for 16,512"),
+        ((1, 2048, 2048, 2048), "expected at most 4,294,967,296 bytes .* calls for 34,359,738,496"),
+        ((1, 10**9, 10**9), "expected 4 axes"),
+    ],
+)
+def test_a_bomb_is_stopped_at_the_length_that_its_own_header_calls_for(shape: tuple[int, ...], message: str) -> None:
+    bomb = gzip.compress(header_of(shape) + bytes(2**26))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DecodeError, match=message):
+            read_array(bomb, "x", np.dtype(np.float32))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2**21
+
+
+@pytest.mark.parametrize("most_bytes", [0, 1, 5, 130_000, 200_000, 10**6])
+def test_the_head_of_a_gzip_file_is_that_of_its_content_whatever_its_members(most_bytes: int) -> None:
+    content = np.random.default_rng(1).bytes(200_000)
+    cuts = [content[:3], content[3:70_000], b"", content[70_000:]]
+    for file in (gzip.compress(content), b"".join(map(gzip.compress, cuts)), gzip.compress(content, 0)):
+        assert gunzip_head(file, most_bytes) == content[:most_bytes]
+        assert gunzip_head(memoryview(file), most_bytes) == content[:most_bytes]
+    with pytest.raises(ValueError, match="damaged"):
+        gunzip_head(b"\x1f\x8bno gzip at all", 9)
+
+
+def test_volumes_of_several_members_are_read_as_one() -> None:
+    whole = npy(VOLUME)
+    members = b"".join(gzip.compress(part) for part in (whole[:70], whole[70:300], whole[300:]))
+    assert np.array_equal(read_array(members, "x", np.dtype(np.float32)), VOLUME)
+    assert np.array_equal(read_array(memoryview(members), "x", np.dtype(np.float32)), VOLUME)
 
 
 @pytest.fixture
