@@ -58,6 +58,10 @@ class CorruptObjectError(ObjectError):
     """An object's bytes do not match its listed length or checksum, after every retry."""
 
 
+class EncodingError(ObjectError):
+    """An object is stored with a Content-Encoding that is not read, e.g. br or zstd."""
+
+
 class ListingError(StoreError):
     """A listing failed or could not be shown to be complete."""
 

@@ -15,7 +15,7 @@ import rich.progress
 
 from .errors import EmptyListingError
 from .names import litter_kind, visible
-from .stores.base import Lists, ObjectMeta, StoreConfig
+from .stores.base import Lists, ObjectMeta, StoreConfig, is_unread
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,9 @@ def list_objects(store: Lists, *, progress: bool = True) -> list[ObjectMeta]:
             f"bucket or folder, or upload data there"
         )
     _warn_of_classes(store.uri, objects)
+    unread = describe_unread(objects)
+    if unread:
+        logger.warning("%s: %s", store.uri, unread)
     return objects
 
 
@@ -72,6 +75,19 @@ def without_litter(objects: list[ObjectMeta]) -> tuple[list[ObjectMeta], dict[st
         else:
             skipped.setdefault(kind, []).append(meta)
     return kept, skipped
+
+
+def describe_unread(objects: list[ObjectMeta]) -> str | None:
+    """Say which objects of a listing are stored with a Content-Encoding that is not read; None where there are none."""
+    unread = [meta for meta in objects if is_unread(meta.content_encoding)]
+    if not unread:
+        return None
+    counts = collections.Counter(meta.content_encoding for meta in unread)
+    kinds = ", ".join(f"{count:,} {encoding}" for encoding, count in sorted(counts.items(), key=str))
+    return (
+        f"{len(unread):,} of {len(objects):,} objects are stored with a Content-Encoding that is not read ({kinds}; "
+        f"first: {visible(unread[0].name)}); decompress them and upload them anew, uncompressed or as gzip"
+    )
 
 
 def _described(skipped: dict[str, list[ObjectMeta]]) -> str:

@@ -82,6 +82,19 @@ class Answer(NamedTuple):
         except ValueError:
             return None
 
+    def content_encoding(self) -> str | None:
+        """The encoding with which the object is stored; None where there is none, or the headers do not say.
+
+        The answer's own Content-Encoding serves where a server does not tell that of the stored object.
+        """
+        head = self.head.lower()  # searching for plain bytes costs a tenth of what a pattern costs here
+        for name in (b"\nx-goog-stored-content-encoding:", b"\ncontent-encoding:"):
+            at = head.find(name)
+            if at >= 0:
+                start = at + len(name)
+                return head[start : head.find(b"\n", start)].strip().decode("latin-1") or None
+        return None
+
 
 _GENERATION = re.compile(rb"^x-goog-generation: *(\d+)", re.IGNORECASE | re.MULTILINE)
 _CRC32C = re.compile(rb"^x-goog-hash:[^\r\n]*\bcrc32c=([A-Za-z0-9+/]+=*)", re.IGNORECASE | re.MULTILINE)

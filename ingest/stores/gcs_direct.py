@@ -19,7 +19,17 @@ from ..errors import (
     StaleManifestError,
     StoreError,
 )
-from .base import Bodies, ObjectMeta, Pieces, RangeRequest, StoreConfig, joined, parted
+from .base import (
+    Bodies,
+    ObjectMeta,
+    Pieces,
+    RangeRequest,
+    StoreConfig,
+    is_unread,
+    joined,
+    parted,
+    unread_encoding,
+)
 from .curl import Answer, CutError, Get, Outcome, PoolClosedError
 from .gcs_clients import authorization, curl_pool, google_blob, google_client, object_url, pool, timeouts_s
 from .gcs_errors import AbsentError, RefusalError, call, status_of
@@ -238,7 +248,8 @@ class DirectReader:
             timeout=timeouts_s(self.config),
             checksum="crc32c" if ask.span is None else None,
         )
-        return Answer(200, body, None, None)
+        head = f"\ncontent-encoding: {blob.content_encoding}\n" if blob.content_encoding else ""
+        return Answer(200, body, None, None, head=head.encode())
 
     def _asked_by_curl(self, asks: Sequence[Ask]) -> list[Outcome | None]:
         headers = call(
@@ -272,6 +283,7 @@ class DirectReader:
             PassingError: the connection failed, or the bytes are wrong.
             RefusalError: the answer is no success.
             StaleManifestError: the object is of another size or generation by now.
+            EncodingError: the object is stored with an encoding that is not read.
         """
         meta, span = read.ask
         if isinstance(outcome, CutError):
@@ -280,6 +292,9 @@ class DirectReader:
             raise outcome
         if outcome.status not in (200, 206):
             raise RefusalError(outcome)
+        encoding = outcome.content_encoding() or meta.content_encoding
+        if encoding is not None and is_unread(encoding):
+            raise unread_encoding(f"gs://{self.bucket}/{self.prefix}{meta.name}", encoding)
         if span is None and not read.body and meta.crc32c is not None and len(outcome.body) == meta.size_bytes:
             # By far the most: bytes that match what was listed need no header.
             found = google_crc32c.value(outcome.body)
