@@ -6,8 +6,10 @@ import dataclasses
 import uuid
 from collections import Counter
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -15,17 +17,19 @@ from .augment import AugmentConfig
 from .clean import sweep_run
 from .crop import CropConfig, Shape
 from .decode import DecodeConfig, LabelMap, Volume, decode_case
-from .errors import ConfigError, DecodeError, ObjectError
-from .index import index_cases, look_up_cases
+from .errors import BadCasesError, ConfigError, DecodeError, ObjectError
+from .index import index_cases, look_up_each
 from .listing import list_objects
 from .manifest import Manifest, cases_of
 from .pairing import PairingConfig, describe_problems, join_by_key
 from .plan import ShardConfig, plan_epochs
+from .quarantine import BadCaseConfig, entry_of, over_budget
 from .stores.base import StoreConfig, open_store
 from .transport import choose_transport, place_facts
 from .unwrap import own_error
 
 MIB = 2**20
+SHOWN = 5  # bad cases that a message names before "and N more"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,28 +49,63 @@ class IndexConfig:
     """Whether to read every label, and keep each case's shape and foreground boxes in the manifest: so large volumes
     are read in part from the first epoch on, and nobody searches for the foreground again."""
 
+    bad: Annotated[BadCaseConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BadCaseConfig)
+    """What to do with `boxes` about a case that cannot be read: save nothing, or keep it in the manifest, for runs to
+    quarantine."""
+
     pairing: PairingConfig = dataclasses.field(default_factory=PairingConfig)
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
 
 
 def index(config: IndexConfig, console: Console) -> int:
-    """Save the manifest."""
+    """Save the manifest.
+
+    Raises:
+        BadCasesError, QuarantineBudgetError: `boxes` found cases that cannot be read; nothing was saved.
+    """
     found = index_cases(config.images, config.labels, config.store, config.pairing)
-    manifest = _with_boxes(found.manifest, config.store, console) if config.boxes else found.manifest
+    manifest = _with_boxes(found.manifest, config.store, config.bad, console) if config.boxes else found.manifest
     manifest.save(config.output, config.store)
     console.print(f"{len(found.manifest)} cases, {len(found.problems)} objects in none; saved to {config.output}")
     return 0
 
 
-def _with_boxes(manifest: Manifest, store: StoreConfig, console: Console) -> Manifest:
-    manifest, known = look_up_cases(manifest, store)
-    found = [each for each in known if each is not None]
-    boxes = sum(len(of_class) for each in found for of_class in each.boxes)
+def _with_boxes(manifest: Manifest, store: StoreConfig, policy: BadCaseConfig, console: Console) -> Manifest:
+    """The manifest with shapes and boxes, where the policy takes all cases that cannot be read.
+
+    Raises:
+        BadCasesError: it does not.
+        QuarantineBudgetError: they are more than may be quarantined.
+    """
+    looked_up = look_up_each(manifest, store)
+    bad = looked_up.bad
+    messages = [str(entry.error) for entry in bad[:SHOWN]]
+    named = "\n".join(messages) + (f"\nand {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else "")
+    if not all(policy.takes(entry.error) for entry in bad):
+        raise BadCasesError(
+            f"expected to read all {len(manifest):,} cases, found {len(bad):,} that cannot be read; nothing was saved. "
+            f"Mend or remove these, or keep them for runs to leave out, with --data.on-bad quarantine:\n{named}"
+        )
+    budget = policy.budget(len(manifest))
+    if len(bad) > budget:
+        entries = [
+            entry_of(entry.error, index=entry.index, case_id=entry.case.case_id, uri=entry.uri, epoch=0)
+            for entry in bad
+        ]
+        raise over_budget(entries, budget)
+    known = [each for each in looked_up.known if each is not None]
+    boxes = sum(len(of_class) for each in known for of_class in each.boxes)
     console.print(
-        f"shapes and {boxes:,} foreground boxes of {len(found):,} cases; {len(known) - len(found):,} are no pair of "
-        "C-ordered .npy volumes, and are always read whole"
+        f"shapes and {boxes:,} foreground boxes of {len(known):,} cases; "
+        f"{len(manifest) - len(known) - len(bad):,} are compressed or in Fortran order, and are always read whole"
     )
-    return manifest
+    if bad:
+        console.print(
+            f"{len(bad):,} cases cannot be read; they stay in the manifest, and runs with --data.on-bad quarantine "
+            f"leave them out:\n{named}",
+            markup=False,
+        )
+    return looked_up.manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +171,7 @@ def inspect(config: InspectConfig, console: Console) -> int:
     manifest = Manifest.from_cases(pairing.cases, images_uri=images.uri, labels_uri=labels.uri)
     bad = _inspect_sample(manifest, config, console)
     if config.boxes:
-        _with_boxes(manifest, config.store, console).save(config.boxes, config.store)
+        _with_boxes(manifest, config.store, BadCaseConfig(), console).save(config.boxes, config.store)
         console.print(f"manifest: {config.boxes}")
     sizes_bytes = manifest.case_bytes()
     plan = plan_epochs(case_bytes=sizes_bytes, seed=config.seed, epochs=(0,), shards=config.shards)

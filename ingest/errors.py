@@ -93,6 +93,10 @@ class DecodeError(IngestError):
         return str(self.args[0])
 
 
+class BadCasesError(IngestError):
+    """Cases cannot be read, and none may be left out."""
+
+
 class QuarantineBudgetError(IngestError):
     """More cases are bad than the run may leave out."""
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from ingest.commands import IndexConfig, InspectConfig, index, inspect
 from ingest.decode import read_array
 from ingest.emulator import EmbeddedServer
-from ingest.errors import DecodeError, ObjectError, ObjectNotFoundError
+from ingest.errors import BadCasesError, DecodeError, ObjectError, ObjectNotFoundError
 from ingest.gunzip import gunzip, gunzip_head
 from ingest.pairing import PairingConfig
 from ingest.stores import StoreConfig, Transport, open_store
@@ -121,7 +121,7 @@ def unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_index_with_boxes_saves_no_manifest_where_an_object_cannot_be_read(unreadable: Path) -> None:
     output = unreadable / "out" / "m.parquet"
     config = IndexConfig(images=str(unreadable), labels=str(unreadable), output=str(output), boxes=True)
-    with pytest.raises(ObjectNotFoundError, match="a_y"):
+    with pytest.raises(BadCasesError, match="a_y"):
         index(config, Console())
     assert not output.exists()
 
