@@ -52,8 +52,12 @@ def resampled_affine(
 
 
 def to_json(affine: Affine) -> bytes:
-    """The sidecar's bytes."""
-    return json.dumps({"affine": affine.tolist()}).encode() + b"\n"
+    """The sidecar's bytes.
+
+    Raises:
+        ValueError: the affine has numbers that are not finite, which JSON cannot hold.
+    """
+    return json.dumps({"affine": affine.tolist()}, allow_nan=False).encode() + b"\n"
 
 
 def from_json(data: bytes, name: str) -> Affine:

@@ -188,7 +188,8 @@ class Manifest:
             "labels_uri": self.labels_uri,
         }
         sink = io.BytesIO()
-        pq.write_table(self.table.replace_schema_metadata({FORMAT: json.dumps(about)}), sink, compression="zstd")
+        metadata = {FORMAT: json.dumps(about, allow_nan=False)}
+        pq.write_table(self.table.replace_schema_metadata(metadata), sink, compression="zstd")
         return seal(sink.getvalue())
 
     @classmethod

@@ -131,7 +131,7 @@ def claim(store: Store, settings: dict[str, Any], found: dict[str, ObjectMeta]) 
         if before == settings:
             return
     about = {"format": FORMAT, "version": FORMAT_VERSION, **settings}
-    store.put(SETTINGS, json.dumps(about, indent=2).encode() + b"\n")
+    store.put(SETTINGS, json.dumps(about, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def _check_same(uri: str, before: dict[str, Any], settings: dict[str, Any]) -> None:
