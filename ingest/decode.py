@@ -244,16 +244,25 @@ def decode_case(
             "smaller-than-patch",
         )
     check_values(label_1DHW, config, label_name)
+    check_finite(image_CDHW, image_name)
+    return image_CDHW, label_1DHW
+
+
+def check_finite(image_CDHW: Volume, name: str) -> None:
+    """Refuse an image with voxels that are NaN or infinite.
+
+    Raises:
+        DecodeError: with the reason non-finite.
+    """
     # A sum carries every NaN and infinity through, at a third of what asking each voxel costs. It may also overflow.
     with np.errstate(invalid="ignore", over="ignore"):
         total = float(np.add.reduce(image_CDHW, axis=None))
     if not math.isfinite(total) and (bad := int(np.count_nonzero(~np.isfinite(image_CDHW)))):
         raise DecodeError(
-            f"{image_name}: expected finite voxels, found {bad} that are NaN or infinite; "
+            f"{name}: expected finite voxels, found {bad} that are NaN or infinite; "
             "mend the image or leave the case out",
             "non-finite",
         )
-    return image_CDHW, label_1DHW
 
 
 def check_values(label_1DHW: LabelMap, config: DecodeConfig, name: str) -> None:

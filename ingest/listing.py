@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import rich.console
 import rich.progress
@@ -33,8 +33,25 @@ class ListsFast(Protocol):
         """Every object of the place, given the first ones in byte order of names."""
 
 
+class Listing(NamedTuple):
+    """What a place holds.
+
+    Attributes:
+        objects: those that may be data, in byte order of names.
+        skipped: hidden files and folders and the litter of macOS and Windows, by kind; see `names.litter_kind`.
+    """
+
+    objects: list[ObjectMeta]
+    skipped: dict[str, list[ObjectMeta]]
+
+
 def list_objects(store: Lists, *, progress: bool = True) -> list[ObjectMeta]:
-    """List every object of a place that may be data, in byte order of names.
+    """List every object of a place that may be data, in byte order of names; see `list_place`."""
+    return list_place(store, progress=progress).objects
+
+
+def list_place(store: Lists, *, progress: bool = True) -> Listing:
+    """List every object of a place that may be data, and the litter that it holds beside them.
 
     Hidden files and folders below the URI, and the litter of macOS and Windows, are skipped; a warning counts them.
 
@@ -61,7 +78,7 @@ def list_objects(store: Lists, *, progress: bool = True) -> list[ObjectMeta]:
     unread = describe_unread(objects)
     if unread:
         logger.warning("%s: %s", store.uri, unread)
-    return objects
+    return Listing(objects, skipped)
 
 
 def without_litter(objects: list[ObjectMeta]) -> tuple[list[ObjectMeta], dict[str, list[ObjectMeta]]]:

@@ -50,7 +50,7 @@ def test_all_objects_that_cannot_be_read_are_named_and_nothing_is_saved(
     names = spoil(root)
     assert index_boxes(root) == 1
     error = capsys.readouterr().err
-    assert "expected to read all 12 cases, found 7 that cannot be read; nothing was saved" in error
+    assert "expected to read all 12 cases, found 7 that cannot be read; no manifest was saved" in error
     assert [name in error for name in names] == [True] * 5 + [False] * 2
     assert "and 2 more" in error
     assert not (root / "m.parquet").exists()
