@@ -83,7 +83,7 @@ def index(config: IndexConfig, console: Console) -> int:
     found = index_cases(config.images, config.labels, config.store, config.pairing)
     manifest = _with_boxes(found.manifest, config.store, config.bad, console) if config.boxes else found.manifest
     manifest.save(config.output, config.store)
-    console.print(f"{len(found.manifest)} cases, {len(found.problems)} objects in none; saved to {config.output}")
+    _say(console, f"{len(found.manifest)} cases, {len(found.problems)} objects in none; saved to {config.output}")
     return 0
 
 
@@ -466,7 +466,7 @@ def digest(config: DigestConfig, console: Console) -> int:
     manifest = index_cases(data.images, data.labels, data.store, data.pairing).manifest
     choice = choose_transport(manifest, data.store)
     data = dataclasses.replace(data, store=choice.store)
-    console.print(f"{len(manifest)} cases; reading by {choice.transport}: {choice.reason}")
+    _say(console, f"{len(manifest)} cases; reading by {choice.transport}: {choice.reason}")
     found: Digests = {}
     try:
         with connected_ray():
