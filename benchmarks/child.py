@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ingest.errors import IngestError
+from train.plain_json import to_json
 
 
 def in_child(
@@ -23,13 +24,13 @@ def in_child(
         function: as ``benchmarks.scale:measure_plan``; takes keywords that JSON can say, and returns such a dict.
         env: environment variables beside this process's own.
         python: the interpreter; None is this one.
-        arguments: for the function.
+        arguments: for the function; a figure that is NaN or infinite arrives as None, and so does one of the answer.
 
     Raises:
         IngestError: it failed; what it wrote went to our own standard error.
     """
     done = subprocess.run(
-        [str(python or sys.executable), "-m", "benchmarks.child", function, json.dumps(arguments)],
+        [str(python or sys.executable), "-m", "benchmarks.child", function, to_json(arguments, indent=None)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env={**os.environ, **(env or {})},
@@ -46,4 +47,4 @@ def in_child(
 if __name__ == "__main__":
     module, _, name = sys.argv[1].partition(":")
     result = getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
-    print("\n" + json.dumps(result), flush=True)
+    print("\n" + to_json(result, indent=None), flush=True)

@@ -105,7 +105,8 @@ async def _answer(
             if method == "GET" and path == f"/storage/v1/b/{BUCKET}/o":
                 body = list_page(query, objects)
             elif method == "GET" and path == f"/storage/v1/b/{BUCKET}":
-                body = json.dumps({"kind": "storage#bucket", "name": BUCKET, "storageClass": "STANDARD"}).encode()
+                about = {"kind": "storage#bucket", "name": BUCKET, "storageClass": "STANDARD"}
+                body = json.dumps(about, allow_nan=False).encode()
             else:
                 status, body = "404 Not Found", b'{"error":{"code":404,"message":"not here"}}'
             length = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -117,8 +117,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(axes: Axes, rows: list[dict[str, Any]], losses: list[float]) -> None:
-    """Held-out Dice by class, and the training loss, against the epochs done."""
+def draw(axes: Axes, rows: list[dict[str, Any]], losses: list[float | None]) -> None:
+    """Held-out Dice by class, and the training loss where there is one, against the epochs done."""
     epochs = [row["epochs"] for row in rows]
     classes = [name for name in rows[0] if name not in ("epochs", "cases", "mean", "lowest case")]
     for number, name in enumerate(classes):
@@ -126,9 +126,9 @@ def draw(axes: Axes, rows: list[dict[str, Any]], losses: list[float]) -> None:
         axes.plot(epochs, values, "o-", ms=4, color=COLOURS[number], label=f"{name}, {values[-1]:.4f} at the end")
     means = [row["mean"] for row in rows]
     axes.plot(epochs, means, "k--", lw=1, label=f"mean, {means[-1]:.4f} at the end")
-    axes.plot(
-        range(1, len(losses) + 1), losses, color="#999999", lw=1, label=f"training loss, {losses[-1]:.4f} at the end"
-    )
+    drawn = [math.nan if loss is None else loss for loss in losses]
+    end = "none" if losses[-1] is None else f"{losses[-1]:.4f}"
+    axes.plot(range(1, len(drawn) + 1), drawn, color="#999999", lw=1, label=f"training loss, {end} at the end")
     axes.set_xlabel("epochs done")
     axes.set_ylabel("held-out Dice; training loss")
     axes.set_ylim(0, 1)

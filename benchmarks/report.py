@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -20,6 +19,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+from train.plain_json import to_json
 
 RESULTS_DIR = Path(__file__).parent / "results"
 _PACKAGES = ("ray", "torch", "numpy", "pyarrow", "pycurl", "obstore", "google-cloud-storage", "gcs-torch-dataflux")
@@ -53,7 +54,7 @@ class Report:
         """
         path = path or RESULTS_DIR / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"meta": self.meta, "rows": list(self.rows)}, indent=1) + "\n")
+        path.write_text(to_json({"meta": dict(self.meta), "rows": [dict(row) for row in self.rows]}) + "\n")
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         draw(figure.add_subplot())
         picture = path.with_suffix(".png")

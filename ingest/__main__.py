@@ -24,7 +24,8 @@ def _prepare(arguments: list[str], console: Console) -> int:
     result = prepare(config)
     console.print(
         f"made {result.made} cases and {result.copied} copies, {result.already_there} were there already\n"
-        f"images: {result.images_uri}\nlabels: {result.labels_uri}"
+        f"images: {result.images_uri}\nlabels: {result.labels_uri}",
+        markup=False,  # names may have brackets
     )
     if config.manifest is None:
         return 0

@@ -56,7 +56,7 @@ def clean(config: CleanConfig, console: Console) -> int:
     for composite in found:
         if config.dry_run:
             minutes = composite.age.total_seconds() / 60
-            console.print(f"{composite.name}: {composite.size_bytes:,} bytes, {minutes:,.1f} min old")
+            console.print(f"{composite.name}: {composite.size_bytes:,} bytes, {minutes:,.1f} min old", markup=False)
         if config.dry_run or delete_composite(config.bucket, composite, config.store):
             swept.append(composite)
     size_bytes = sum(composite.size_bytes for composite in swept)

@@ -5,27 +5,48 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 from .augment import AugmentConfig
+from .case_faults import look_at
 from .clean import sweep_run
 from .crop import CropConfig, Shape
-from .decode import DecodeConfig, LabelMap, Volume, decode_case
-from .errors import ConfigError, DecodeError, ObjectError
-from .index import index_cases, look_up_cases
-from .listing import list_objects
+from .decode import DecodeConfig, LabelMap, Volume
+from .errors import (
+    BadCasesError,
+    ConfigError,
+    CredentialsError,
+    DecodeError,
+    PlaceNotFoundError,
+    StoreError,
+    UnreachableError,
+)
+from .index import index_cases, look_up_each
+from .intensity import PERCENTILES, Intensities
+from .listing import Listing, describe_unread, list_place
 from .manifest import Manifest, cases_of
 from .pairing import PairingConfig, describe_problems, join_by_key
 from .plan import ShardConfig, plan_epochs
-from .stores.base import StoreConfig, open_store
+from .quarantine import BadCaseConfig, entry_of, over_budget
+from .stores.base import ObjectMeta, Store, StoreConfig, open_store
 from .transport import choose_transport, place_facts
 from .unwrap import own_error
 
 MIB = 2**20
+SHOWN = 5  # bad cases that a message names before "and N more"
+PICTURES = 6  # cases that `inspect` draws
+NORMALISE = (
+    "training normalises nothing, so normalise before you upload: clip CT to a window, subtract a mean and divide by a "
+    "standard deviation of the data set (as `prepare` does, or nnU-Net's CTNormalization), and z-score each MR volume "
+    "(MONAI's NormalizeIntensity)"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,28 +66,73 @@ class IndexConfig:
     """Whether to read every label, and keep each case's shape and foreground boxes in the manifest: so large volumes
     are read in part from the first epoch on, and nobody searches for the foreground again."""
 
+    bad: Annotated[BadCaseConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BadCaseConfig)
+    """What to do with `boxes` about a case that cannot be read: save nothing, or keep it in the manifest, for runs to
+    quarantine."""
+
     pairing: PairingConfig = dataclasses.field(default_factory=PairingConfig)
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
 
 
 def index(config: IndexConfig, console: Console) -> int:
-    """Save the manifest."""
+    """Save the manifest.
+
+    Raises:
+        BadCasesError, QuarantineBudgetError: `boxes` found cases that cannot be read; nothing was saved.
+    """
     found = index_cases(config.images, config.labels, config.store, config.pairing)
-    manifest = _with_boxes(found.manifest, config.store, console) if config.boxes else found.manifest
+    manifest = _with_boxes(found.manifest, config.store, config.bad, console) if config.boxes else found.manifest
     manifest.save(config.output, config.store)
-    console.print(f"{len(found.manifest)} cases, {len(found.problems)} objects in none; saved to {config.output}")
+    _say(console, f"{len(found.manifest)} cases, {len(found.problems)} objects in none; saved to {config.output}")
     return 0
 
 
-def _with_boxes(manifest: Manifest, store: StoreConfig, console: Console) -> Manifest:
-    manifest, known = look_up_cases(manifest, store)
-    found = [each for each in known if each is not None]
-    boxes = sum(len(of_class) for each in found for of_class in each.boxes)
-    console.print(
-        f"shapes and {boxes:,} foreground boxes of {len(found):,} cases; {len(known) - len(found):,} are no pair of "
-        "C-ordered .npy volumes, and are always read whole"
+def _with_boxes(manifest: Manifest, store: StoreConfig, policy: BadCaseConfig | None, console: Console) -> Manifest:
+    """The manifest with shapes and boxes, where the policy takes all cases that cannot be read.
+
+    Args:
+        manifest: the cases.
+        store: how they are read.
+        policy: for cases that cannot be read; None takes none, and is for commands without this setting.
+        console: where to print the counts.
+
+    Raises:
+        BadCasesError: it does not.
+        QuarantineBudgetError: they are more than may be quarantined.
+    """
+    looked_up = look_up_each(manifest, store)
+    bad = looked_up.bad
+    messages = [str(entry.error) for entry in bad[:SHOWN]]
+    named = "\n".join(messages) + (f"\nand {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else "")
+    command = "" if policy else "`python -m ingest index --boxes` and "
+    policy = policy or BadCaseConfig()
+    if not all(policy.takes(entry.error) for entry in bad):
+        raise BadCasesError(
+            f"expected to read all {len(manifest):,} cases, found {len(bad):,} that cannot be read; no manifest was "
+            f"saved. Mend or remove these, or keep them for runs to leave out, with {command}--on-bad quarantine:\n"
+            f"{named}"
+        )
+    budget = policy.budget(len(manifest))
+    if len(bad) > budget:
+        entries = [
+            entry_of(entry.error, index=entry.index, case_id=entry.case.case_id, uri=entry.uri, epoch=0)
+            for entry in bad
+        ]
+        raise over_budget(entries, budget)
+    known = [each for each in looked_up.known if each is not None]
+    boxes = sum(len(of_class) for each in known for of_class in each.boxes)
+    _say(
+        console,
+        f"shapes and {boxes:,} foreground boxes of {len(known):,} cases; "
+        f"{len(manifest) - len(known) - len(bad):,} are compressed or in Fortran order, and are always read whole",
     )
-    return manifest
+    if bad:
+        console.print(
+            f"{len(bad):,} cases cannot be read; they stay in the manifest, and runs with --data.on-bad quarantine "
+            f"leave them out:\n{named}",
+            markup=False,
+        )
+    return looked_up.manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,11 +169,89 @@ class InspectConfig:
 
 
 def inspect(config: InspectConfig, console: Console) -> int:
-    """Print counts, sizes, shapes, classes, pairs, orphans, storage and transport; 1 where something is amiss."""
+    """Print what is there, what is wrong with a sample of cases, intensities, classes and transport.
+
+    What is wrong does not end the inspection, unless no case is left or the store cannot be read.
+
+    Returns:
+        1 if anything is wrong: a place cannot be listed, objects are in no case or of an encoding that is not read,
+        a case of the sample is bad, every label is empty, or what was to be written was not. Else 0, also where there
+        are warnings.
+    """
+    wrong: list[str] = []
     images, labels = open_store(config.images, config.store), open_store(config.labels, config.store)
-    listed = {"images": list_objects(images), "labels": list_objects(labels)}
-    table = Table("", "objects", "bytes", "smallest", "largest", "storage classes", title="what is there")
-    for role, objects in listed.items():
+    found = {role: _listed(store) for role, store in (("images", images), ("labels", labels))}
+    listed = {role: listing for role, listing in found.items() if isinstance(listing, Listing)}
+    for role, error in found.items():
+        if isinstance(error, StoreError):
+            _say(console, f"wrong: {role}: {error}")
+    if len(listed) < len(found):
+        return 1
+    _print_places(listed, console)
+    for role, listing in listed.items():
+        unread = describe_unread(listing.objects)
+        if unread:
+            _say(console, f"{role}: {unread}")
+            wrong.append(f"{role} of an encoding that is not read")
+    pairing = join_by_key(
+        listed["images"].objects, listed["labels"].objects, config.pairing, same_place=images.uri == labels.uri
+    )
+    _say(
+        console,
+        f"{len(pairing.cases):,} cases, {len(pairing.problems):,} objects in none, {pairing.ignored:,} not .npy",
+    )
+    if pairing.problems:
+        counts = {f"{role}s": len(listed[f"{role}s"].objects) for role in ("image", "label")}
+        _say(console, describe_problems(pairing.problems, **counts))
+        wrong.append(f"{len(pairing.problems):,} objects in no case")
+    if not pairing.cases:
+        _say(console, "no image and label share a key: nothing can be trained on")
+        return 1
+    manifest = Manifest.from_cases(pairing.cases, images_uri=images.uri, labels_uri=labels.uri)
+    wrong += _inspect_sample(manifest, config, console)
+    if config.boxes:
+        try:
+            _with_boxes(manifest, config.store, None, console).save(config.boxes, config.store)
+            _say(console, f"manifest: {config.boxes}")
+        except BadCasesError as error:
+            _say(console, f"wrong: {error}")
+            wrong.append("cases that cannot be read, so that no manifest was saved")
+    sizes_bytes = manifest.case_bytes()
+    plan = plan_epochs(case_bytes=sizes_bytes, seed=config.seed, epochs=(0,), shards=config.shards)
+    _say(
+        console,
+        f"an epoch reads {len(manifest):,} cases, {int(sizes_bytes.sum()) / MIB:,.1f} MiB, "
+        f"in about {plan.num_shards:,} shards where volumes are read whole",
+    )
+    for role, uri in (("images", images.uri), ("labels", labels.uri)):
+        for fact in place_facts(uri, config.store):
+            _say(console, f"{role}: {fact}")
+    choice = choose_transport(manifest, config.store)
+    _say(console, f"transport: {choice.transport}: {choice.reason}")
+    if wrong:
+        _say(console, f"wrong: {'; '.join(wrong)}")
+    return 1 if wrong else 0
+
+
+def _listed(store: Store) -> Listing | StoreError:
+    try:
+        return list_place(store)
+    except StoreError as error:
+        return error
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a line as it is: names of objects may have brackets, which are markup to rich.
+
+    Errors name settings of a data set as training has them, under `data`; here they stand at the top.
+    """
+    console.print(text.replace("--data.", "--"), markup=False)
+
+
+def _print_places(listed: Mapping[str, Listing], console: Console) -> None:
+    headings = ("", "objects", "bytes", "smallest", "largest", "storage classes", "skipped")
+    table = Table(*headings, title="what is there")
+    for role, (objects, skipped) in listed.items():
         sizes = [entry.size_bytes for entry in objects]
         classes = Counter(entry.storage_class or "none" for entry in objects)
         table.add_row(
@@ -117,86 +261,155 @@ def inspect(config: InspectConfig, console: Console) -> int:
             f"{min(sizes):,}",
             f"{max(sizes):,}",
             ", ".join(f"{name} {count:,}" for name, count in sorted(classes.items())),
+            ", ".join(f"{len(metas):,} {kind}" for kind, metas in sorted(skipped.items())) or "none",
         )
     console.print(table)
-    pairing = join_by_key(listed["images"], listed["labels"], config.pairing, same_place=images.uri == labels.uri)
-    console.print(
-        f"{len(pairing.cases):,} cases, {len(pairing.problems):,} objects in none, {pairing.ignored:,} not .npy"
-    )
-    if pairing.problems:
-        counts = {f"{role}s": len(listed[f"{role}s"]) for role in ("image", "label")}
-        console.print(describe_problems(pairing.problems, **counts))
-    if not pairing.cases:
-        console.print("no image and label share a key: nothing can be trained on")
-        return 1
-    manifest = Manifest.from_cases(pairing.cases, images_uri=images.uri, labels_uri=labels.uri)
-    bad = _inspect_sample(manifest, config, console)
-    if config.boxes:
-        _with_boxes(manifest, config.store, console).save(config.boxes, config.store)
-        console.print(f"manifest: {config.boxes}")
-    sizes_bytes = manifest.case_bytes()
-    plan = plan_epochs(case_bytes=sizes_bytes, seed=config.seed, epochs=(0,), shards=config.shards)
-    console.print(
-        f"an epoch reads {len(manifest):,} cases, {int(sizes_bytes.sum()) / MIB:,.1f} MiB, "
-        f"in about {plan.num_shards:,} shards where volumes are read whole"
-    )
-    for role, uri in (("images", images.uri), ("labels", labels.uri)):
-        for fact in place_facts(uri, config.store):
-            console.print(f"{role}: {fact}")
-    choice = choose_transport(manifest, config.store)
-    console.print(f"transport: {choice.transport}: {choice.reason}")
-    return 1 if bad or pairing.problems else 0
 
 
-def _inspect_sample(manifest: Manifest, config: InspectConfig, console: Console) -> int:
-    """Read and decode some cases, table what they are, draw a few; returns how many are bad."""
-    from .overlay import draw_overlays
+def _inspect_sample(manifest: Manifest, config: InspectConfig, console: Console) -> list[str]:
+    """Read and decode some cases, print what they are and what is wrong with them, draw a few.
 
+    Returns:
+        What is wrong, in a few words each.
+    """
     sizes_bytes = manifest.case_bytes()
     plan = plan_epochs(case_bytes=sizes_bytes, seed=config.seed, epochs=(0,), shards=ShardConfig())
     chosen = plan.order[: config.sample]
-    images, labels = (
-        open_store(uri, dataclasses.replace(config.store, transport="direct"))
-        for uri in (manifest.images_uri, manifest.labels_uri)
-    )
+    direct = dataclasses.replace(config.store, transport="direct")
+    images, labels = open_store(manifest.images_uri, direct), open_store(manifest.labels_uri, direct)
     shapes: Counter[tuple[int, ...]] = Counter()
-    voxels = np.zeros(config.decode.num_classes, dtype=np.int64)
-    present = np.zeros(config.decode.num_classes, dtype=np.int64)
+    classes = _Classes(config.decode.num_classes)
+    intensities = Intensities(config.seed)
     drawn: list[tuple[str, Volume, LabelMap]] = []
-    bad: list[str] = []
+    bad: list[tuple[str, list[DecodeError | StoreError]]] = []
     for case in cases_of(manifest.take(chosen)):
-        try:
-            image_CDHW, label_1DHW = decode_case(
-                images.fetch([case.image])[0],
-                labels.fetch([case.label])[0],
-                config.decode,
-                image_name=images.uri_of(case.image.name),
-                label_name=labels.uri_of(case.label.name),
-            )
-        except (DecodeError, ObjectError) as error:
-            bad.append(str(error))
-            continue
-        shapes[image_CDHW.shape] += 1
-        counts = np.bincount(label_1DHW.ravel(), minlength=config.decode.num_classes)
-        voxels += counts
-        present += counts > 0
-        if len(drawn) < 6:
-            drawn.append((case.case_id, image_CDHW, label_1DHW))
-    good = len(chosen) - len(bad)
-    console.print(f"of {len(chosen)} cases read, {good} are good and {len(bad)} bad")
-    for message in bad:
-        console.print(f"bad: {message}")
-    if not drawn:
-        return len(bad)
-    for shape, count in shapes.most_common(5):
-        console.print(f"shape {shape} (C, D, H, W): {count} cases")
-    for value in range(config.decode.num_classes):
-        console.print(
-            f"class {value}: {100 * voxels[value] / voxels.sum():.1f} % of voxels, in {present[value]} of {good} cases"
+        look = look_at(
+            _body_of(images, case.image),
+            _body_of(labels, case.label),
+            config.decode,
+            image_name=images.uri_of(case.image.name),
+            label_name=labels.uri_of(case.label.name),
         )
-    draw_overlays(drawn, Path(config.picture))
-    console.print(f"picture: {config.picture}")
-    return len(bad)
+        if look.image is not None:
+            if look.image.ndim == 4 and len(look.image) == config.decode.channels:
+                intensities.add(look.image)
+            elif config.decode.channels == 1:
+                intensities.add(look.image[np.newaxis])  # whatever its axes are, its voxels are of one kind
+        if look.label is not None:
+            classes.add(look.label)
+        if look.faults:
+            bad.append((case.case_id, look.faults))
+            continue
+        assert look.image is not None  # a case without a fault has both
+        assert look.label is not None
+        shapes[look.image.shape] += 1
+        if len(drawn) < PICTURES:
+            drawn.append((case.case_id, look.image, look.label))
+    wrong = []
+    _say(console, f"of {len(chosen)} cases read, {len(chosen) - len(bad)} are good and {len(bad)} bad")
+    for _, faults in bad:
+        for fault in faults:
+            _say(console, f"bad: {fault}")
+    if bad:
+        wrong.append(f"{len(bad)} of {len(chosen)} cases read are bad")
+    for shape, count in shapes.most_common(5):
+        _say(console, f"shape {shape} (C, D, H, W): {count} cases")
+    _print_intensities(intensities, console)
+    wrong += classes.report(console, whole=len(chosen) == len(manifest))
+    return wrong + _draw(drawn, config.picture, console)
+
+
+def _body_of(store: Store, meta: ObjectMeta) -> bytes | StoreError:
+    """The object's bytes, or why it alone cannot be read.
+
+    Raises:
+        StoreError: no object of the place can be read.
+    """
+    try:
+        return store.fetch([meta])[0]
+    except (CredentialsError, PlaceNotFoundError, UnreachableError):
+        raise
+    except StoreError as error:
+        return error
+
+
+class _Classes:
+    """Counts voxels and labels of each class."""
+
+    def __init__(self, num_classes: int) -> None:
+        self._voxels = np.zeros(256, dtype=np.int64)
+        self._present = np.zeros(256, dtype=np.int64)
+        self._num_classes = num_classes
+        self._labels = self._empty = 0
+
+    def add(self, label_1DHW: LabelMap) -> None:
+        counts = np.bincount(label_1DHW.ravel(order="K"), minlength=256)
+        self._voxels += counts
+        self._present += counts > 0
+        self._labels += 1
+        self._empty += int(counts[0] == label_1DHW.size)
+
+    def report(self, console: Console, *, whole: bool) -> list[str]:
+        """Print the classes, and say what is wrong with them.
+
+        Args:
+            console: where.
+            whole: whether these are all labels of the data set.
+        """
+        if not self._labels:
+            return []
+        named = np.arange(256) < self._num_classes
+        for value in np.flatnonzero(named | (self._present > 0)).tolist():
+            _say(
+                console,
+                f"class {value}: {100 * self._voxels[value] / self._voxels.sum():.1f} % of voxels, in "
+                f"{self._present[value]} of {self._labels} cases"
+                + ("" if named[value] else "; not one of the classes"),
+            )
+        if not self._empty:
+            return []
+        if self._empty < self._labels:
+            _say(console, f"{self._empty} of {self._labels} labels are empty: they have no foreground")
+            return []
+        where = "of the data set" if whole else "of the sample"
+        _say(
+            console,
+            f"{'wrong' if whole else 'warning'}: all {self._labels} labels {where} are empty: they have no foreground; "
+            + ("nothing can be learnt from them" if whole else "look at more with --sample"),
+        )
+        return ["every label is empty"] if whole else []
+
+
+def _print_intensities(intensities: Intensities, console: Console) -> None:
+    channels = intensities.channels()
+    for number, stats in channels.items():
+        percentiles = ", ".join(
+            f"{share:g} %: {value:,.4g}" for share, value in zip(PERCENTILES, stats.percentiles, strict=True)
+        )
+        lost = f"; {stats.not_finite:,} voxels are not finite" if stats.not_finite else ""
+        _say(
+            console,
+            f"channel {number} of {stats.images:,} images: min {stats.low:,.4g}, max {stats.high:,.4g}, "
+            f"mean {stats.mean:,.4g}, std {stats.std:,.4g}; percentiles of a sample of voxels: {percentiles}{lost}",
+        )
+    for number, stats in channels.items():
+        complaint = stats.complaint()
+        if complaint:
+            _say(console, f"warning: channel {number}: {complaint}; {NORMALISE}")
+
+
+def _draw(drawn: list[tuple[str, Volume, LabelMap]], picture: str, console: Console) -> list[str]:
+    if not drawn:
+        return []
+    from .overlay import draw_overlays
+
+    try:
+        draw_overlays(drawn, Path(picture))
+    except OSError as error:
+        _say(console, f"wrong: expected to write {picture}, found {error}; give another --picture")
+        return ["no picture was written"]
+    _say(console, f"picture: {picture}")
+    return []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,7 +466,7 @@ def digest(config: DigestConfig, console: Console) -> int:
     manifest = index_cases(data.images, data.labels, data.store, data.pairing).manifest
     choice = choose_transport(manifest, data.store)
     data = dataclasses.replace(data, store=choice.store)
-    console.print(f"{len(manifest)} cases; reading by {choice.transport}: {choice.reason}")
+    _say(console, f"{len(manifest)} cases; reading by {choice.transport}: {choice.reason}")
     found: Digests = {}
     try:
         with connected_ray():

@@ -96,6 +96,48 @@ def parse_npy(data: Buffer, name: str) -> tuple[NpyHeader, int]:
         ) from error
 
 
+def read_header(data: Buffer, name: str) -> tuple[NpyHeader, int]:
+    """Read the header of a volume that may be stored as gzip, of which no more than the header is decompressed.
+
+    Args:
+        data: the object's bytes, or its first part as long as that holds the whole header.
+        name: what messages call it.
+
+    Returns:
+        The header, and the offset of the first voxel in the decompressed bytes.
+
+    Raises:
+        DecodeError: not an `.npy`, or one whose header is not to be trusted.
+    """
+    if not gunzip.is_gzip(data):
+        return parse_npy(data, name)
+    try:
+        head = gunzip.gunzip_head(data, LONGEST_HEADER_BYTES + 12)
+    except ValueError as error:
+        raise _bad_gzip(name, str(error)) from error
+    return parse_npy(head, name)
+
+
+def _decompressed(data: Buffer, name: str, expected_bytes: int, shape: tuple[int, ...]) -> Buffer:
+    """The bytes of a volume that may be stored as gzip, whose header calls for so many."""
+    if not gunzip.is_gzip(data):
+        return data
+    if expected_bytes > gunzip.MOST_BYTES:
+        raise DecodeError(
+            f"{name}: expected at most {gunzip.MOST_BYTES:,} bytes in a gzip file, found a header that calls for "
+            f"{expected_bytes:,}, for shape {shape}; check the file, and store it uncompressed if it is right",
+            "gzip",
+        )
+    try:
+        return gunzip.gunzip(data, expected_bytes)
+    except ValueError as error:
+        raise _bad_gzip(name, f"{error}, with a header that calls for {expected_bytes:,}") from error
+
+
+def _bad_gzip(name: str, found: str) -> DecodeError:
+    return DecodeError(f"{name}: expected an .npy file, compressed or not, found {found}; upload it anew", "gzip")
+
+
 @functools.lru_cache(maxsize=1024)
 def _parse_header_text(text: bytes) -> NpyHeader:
     """A header is a Python literal; a data set has few different ones, so each is parsed once a process."""
@@ -113,7 +155,8 @@ def _parse_header_text(text: bytes) -> NpyHeader:
 def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """View the bytes as a 4-D array of `dtype`; nothing is allocated, so a lying header costs nothing.
 
-    Bytes that are gzip are decompressed first: stores hand on what is stored, which size and checksum are of.
+    Bytes that are gzip are decompressed, and no further than the length that the `.npy` header calls for: stores
+    return the stored bytes, which size and checksum are of.
 
     Returns:
         A read-only (C, D, H, W) view of `data`, C- or Fortran-ordered as the header says.
@@ -122,14 +165,7 @@ def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any
         DecodeError: damaged gzip, pickled objects, another dtype, not 4-D, an empty axis, or a length that is not
             the one that the header calls for.
     """
-    if data[:2] == gunzip.MAGIC:
-        try:
-            data = gunzip.gunzip(data)
-        except ValueError as error:
-            raise DecodeError(
-                f"{name}: expected an .npy file, compressed or not, found {error}; upload it anew", "gzip"
-            ) from error
-    header, offset = parse_npy(data, name)
+    header, offset = read_header(data, name)
     if header.dtype.hasobject:
         raise DecodeError(
             f"{name}: expected {dtype} voxels, found pickled Python objects, which are never loaded; "
@@ -149,6 +185,7 @@ def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any
         )
     voxels = math.prod(header.shape)
     expected_bytes = offset + voxels * dtype.itemsize
+    data = _decompressed(data, name, expected_bytes, header.shape)
     if len(data) != expected_bytes:
         raise DecodeError(
             f"{name}: expected {expected_bytes} bytes for shape {header.shape}, found {len(data)}; "
@@ -222,15 +259,24 @@ def decode_case(
             "smaller-than-patch",
         )
     check_values(label_1DHW, config, label_name)
+    check_finite(image_CDHW, image_name)
+    return image_CDHW, label_1DHW
+
+
+def check_finite(image_CDHW: Volume, name: str) -> None:
+    """Refuse an image with voxels that are NaN or infinite.
+
+    Raises:
+        DecodeError: with the reason non-finite.
+    """
     # A sum carries every NaN and infinity through, at a third of what asking each voxel costs. It may also overflow.
     with np.errstate(invalid="ignore", over="ignore"):
         total = float(np.add.reduce(image_CDHW, axis=None))
     if not math.isfinite(total) and (bad := int(np.count_nonzero(~np.isfinite(image_CDHW)))):
         raise DecodeError(
-            f"{image_name}: expected finite voxels, found {bad} that are NaN or infinite; {mistakes.NOT_FINITE}",
+            f"{name}: expected finite voxels, found {bad} that are NaN or infinite; {mistakes.NOT_FINITE}",
             "non-finite",
         )
-    return image_CDHW, label_1DHW
 
 
 def check_channels(shape_CDHW: tuple[int, ...], config: DecodeConfig, name: str) -> None:

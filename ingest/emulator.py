@@ -199,7 +199,7 @@ class EmbeddedServer:
         body = {"name": name, "versioning": {"enabled": versioning}}
         request = urllib.request.Request(
             f"{self.url}/storage/v1/b?project=voxflux",
-            data=json.dumps(body).encode(),
+            data=json.dumps(body, allow_nan=False).encode(),
             headers={"Content-Type": "application/json"},
         )
         try:

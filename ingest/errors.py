@@ -58,6 +58,10 @@ class CorruptObjectError(ObjectError):
     """An object's bytes do not match its listed length or checksum, after every retry."""
 
 
+class EncodingError(ObjectError):
+    """An object is stored with a Content-Encoding that is not read, e.g. br or zstd."""
+
+
 class ListingError(StoreError):
     """A listing failed or could not be shown to be complete."""
 
@@ -87,6 +91,10 @@ class DecodeError(IngestError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class BadCasesError(IngestError):
+    """Cases cannot be read, and none may be left out."""
 
 
 class QuarantineBudgetError(IngestError):

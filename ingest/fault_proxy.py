@@ -383,7 +383,7 @@ def _name_in(body: bytes) -> str:
 
 def _precondition_answer(required: Required, found: int) -> tuple[bytes, bytes]:
     message = f"{required.name}: required generation {required.generation}, found {found}"
-    body = json.dumps({"error": {"code": 412, "message": message}}).encode()
+    body = json.dumps({"error": {"code": 412, "message": message}}, allow_nan=False).encode()
     head = "HTTP/1.1 412 Precondition Failed\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode(), body
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ConfigError, MissingDependencyError, PlaceNotFoundError
+from .gunzip import uncompressed
 from .names import same_form
 from .stores.base import ObjectMeta, StoreConfig, open_store
 from .subjects import COPY_PATTERN
@@ -62,8 +63,12 @@ def resampled_affine(
 
 
 def to_json(affine: Affine) -> bytes:
-    """The sidecar's bytes."""
-    return json.dumps({"affine": affine.tolist()}).encode() + b"\n"
+    """The sidecar's bytes.
+
+    Raises:
+        ValueError: the affine has numbers that are not finite, which JSON cannot hold.
+    """
+    return json.dumps({"affine": affine.tolist()}, allow_nan=False).encode() + b"\n"
 
 
 def from_json(data: bytes, name: str) -> Affine:
@@ -73,7 +78,7 @@ def from_json(data: bytes, name: str) -> Affine:
         ConfigError: it is something else.
     """
     try:
-        affine = np.array(json.loads(data)["affine"], dtype=np.float64)
+        affine = np.array(json.loads(uncompressed(data))["affine"], dtype=np.float64)
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
             raise ValueError(f"shape {affine.shape}")
     except (ValueError, KeyError, TypeError) as error:

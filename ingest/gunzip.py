@@ -1,23 +1,47 @@
-"""Volumes that are stored compressed: `.npy.gz`, or an object whose Content-Encoding is gzip."""
+"""Decompression of objects that are stored as gzip.
+
+Such an object is called `.npy.gz`, or has the Content-Encoding gzip. Stores return its stored bytes, since the listed
+size and checksum are of those. Gzip is recognised by its first two bytes, so that it does not matter which of the two
+an object has, or whether the listing told it.
+"""
 
 from __future__ import annotations
 
 import zlib
+from typing import TypeAlias
 
 MAGIC = b"\x1f\x8b"
+"""The first two bytes of every gzip file."""
+
 MOST_BYTES = 2**32
-"""Of one volume: a few MB of gzip can stand for terabytes."""
+"""Decompressed bytes of one object at most. A few MB of gzip can hold terabytes."""
+
+_WBITS = 31  # of zlib: gzip with its header and checksum, and the largest window
+_STEP_BYTES = 2**16
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
-def gunzip(data: bytes | bytearray | memoryview, most_bytes: int = MOST_BYTES) -> bytes:
-    """Decompress all members of a gzip file.
+def is_gzip(data: Buffer) -> bool:
+    """Return whether the bytes begin as a gzip file does."""
+    return data[:2] == MAGIC
+
+
+def gunzip(data: Buffer, most_bytes: int = MOST_BYTES) -> bytes:
+    """Decompress a gzip file of one or several members.
+
+    Args:
+        data: the whole file.
+        most_bytes: decompression stops as soon as there are more bytes than this.
 
     Raises:
-        ValueError: it is damaged, cut, or holds more than `most_bytes`.
+        ValueError: the file is damaged or cut, or holds more than `most_bytes`.
     """
-    rest, parts, left = bytes(data), [], most_bytes
+    rest: Buffer = data
+    parts: list[bytes] = []
+    left = most_bytes
     while rest:
-        member = zlib.decompressobj(wbits=31)
+        member = zlib.decompressobj(wbits=_WBITS)
         try:
             part = member.decompress(rest, left + 1)
         except zlib.error as error:
@@ -30,3 +54,42 @@ def gunzip(data: bytes | bytearray | memoryview, most_bytes: int = MOST_BYTES) -
         parts.append(part)
         rest = member.unused_data
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def gunzip_head(data: Buffer, most_bytes: int) -> bytes:
+    """Decompress the first `most_bytes` bytes of a gzip file, or all where there are fewer.
+
+    Only as much is decompressed as is returned.
+
+    Args:
+        data: the file, or its first part.
+        most_bytes: bytes to return.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    found = b""
+    view = memoryview(data)
+    member = zlib.decompressobj(wbits=_WBITS)
+    for start in range(0, len(view), _STEP_BYTES):
+        rest: Buffer = view[start : start + _STEP_BYTES]
+        while rest and len(found) < most_bytes:
+            if member.eof:
+                member = zlib.decompressobj(wbits=_WBITS)
+            try:
+                found += member.decompress(rest, most_bytes - len(found))
+            except zlib.error as error:
+                raise ValueError(f"gzip that is damaged ({error})") from error
+            rest = member.unused_data
+        if len(found) >= most_bytes:
+            break
+    return found
+
+
+def uncompressed(data: bytes, most_bytes: int = MOST_BYTES) -> bytes:
+    """Return what an object holds: decompressed where it is gzip, else unchanged.
+
+    Raises:
+        ValueError: it is gzip that is damaged or cut, or holds more than `most_bytes`.
+    """
+    return gunzip(data, most_bytes) if is_gzip(data) else data

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import ConfigError, PlaceNotFoundError
+from .gunzip import uncompressed
 from .manifest import Manifest
 from .plan import Indices, split_holdout
 from .stores.base import StoreConfig, open_store
@@ -207,8 +208,10 @@ def read_case_list(source: str, store: StoreConfig | None = None) -> list[str]:
                 f"voxflux: {', '.join(SHIPPED)}"
             )
         try:
-            text = opened.fetch([entry])[0].decode()
+            text = uncompressed(opened.fetch([entry])[0]).decode()
         except UnicodeDecodeError as error:
             raise ConfigError(f"{source}: expected case ids, one a line, found no text ({error}); check it") from error
+        except ValueError as error:
+            raise ConfigError(f"{source}: expected case ids, one a line, found {error}; upload it anew") from error
     lines = (COMMENT.sub("", line).strip() for line in text.splitlines())
     return [line for line in lines if line]

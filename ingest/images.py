@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,8 +13,10 @@ import pyarrow as pa
 from .errors import ConfigError, PairingError
 from .listing import list_objects
 from .names import same_form, visible
-from .pairing import EQUAL_NAMES, SUFFIXED_IMAGE
+from .pairing import EQUAL_NAMES, SUFFIXED_IMAGE, SUFFIXED_LABEL, VOLUME_LIKE, patterns_for
 from .stores.base import ObjectMeta, StoreConfig, open_store
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SCHEMA = pa.schema(
     [
@@ -56,6 +60,7 @@ def list_images(uri: str, store: StoreConfig | None = None, pattern: str | None 
     if pattern is None:
         suffixed = any(re.fullmatch(SUFFIXED_IMAGE, entry.name) for entry in objects)
         pattern = SUFFIXED_IMAGE if suffixed else EQUAL_NAMES
+        _warn_of_unmatched(uri, objects, pattern)
     try:
         compiled = re.compile(same_form(pattern))
     except re.error as error:
@@ -79,9 +84,41 @@ def list_images(uri: str, store: StoreConfig | None = None, pattern: str | None 
     if not found:
         raise PairingError(
             f"expected images in {uri}, found none among {len(objects)} objects (first: {visible(objects[0].name)}); "
-            "check the URI, or give --pattern"
+            f"check the URI, or give --pattern, e.g. {_pattern_for(objects)}; volumes are read as .npy or .npy.gz, so "
+            "convert those of other formats"
         )
     return [found[key] for key in sorted(found, key=lambda key: key.encode())]
+
+
+def _warn_of_unmatched(uri: str, objects: list[ObjectMeta], pattern: str) -> None:
+    """Tell of volumes by their name that the pattern, which nobody gave, leaves out; labels are left out by right."""
+    left_out = [
+        entry.name
+        for entry in objects
+        if VOLUME_LIKE.search(entry.name)
+        and not re.fullmatch(pattern, same_form(entry.name))
+        and not re.fullmatch(SUFFIXED_LABEL, same_form(entry.name))
+    ]
+    if left_out and len(left_out) < len(objects):
+        logger.warning(
+            "%s: %s of %s objects are .npy by their name and are left out, since they do not match %s (first: %s); to "
+            "take them, give --pattern, e.g. %s",
+            uri,
+            f"{len(left_out):,}",
+            f"{len(objects):,}",
+            pattern,
+            visible(left_out[0]),
+            _pattern_for(objects),
+        )
+
+
+def _pattern_for(objects: list[ObjectMeta]) -> str:
+    """A pattern for these names, quoted for a shell."""
+    names = [same_form(entry.name) for entry in objects]
+    suffixed, _ = patterns_for(names, [], same_place=True)
+    if any(re.fullmatch(suffixed, name) for name in names):
+        return shlex.quote(suffixed)
+    return shlex.quote(patterns_for(names, [])[0])
 
 
 def read_images(shard: ImageShard) -> Iterator[pa.Table]:

@@ -6,11 +6,12 @@ import concurrent.futures
 import dataclasses
 import functools
 
+from .errors import DecodeError, ObjectError
 from .layout import Known
 from .listing import list_objects
 from .manifest import Manifest, cases_of
-from .pairing import PairingConfig, Problem, pair_cases
-from .slab import look_up
+from .pairing import Case, PairingConfig, Problem, pair_cases
+from .slab import BadCase, look_up
 from .stores.base import StoreConfig, open_store
 
 LOOKED_UP_AT_ONCE = 8  # cases, each with its whole label in memory
@@ -47,15 +48,65 @@ def index_cases(
     return Index(manifest, pairing_found.problems)
 
 
-def look_up_cases(manifest: Manifest, store: StoreConfig | None = None) -> tuple[Manifest, list[Known | None]]:
-    """Read every label whole and every image's header: the manifest with shapes and foreground boxes, and these.
+@dataclasses.dataclass(frozen=True)
+class BadEntry:
+    """A case of a manifest that cannot be read.
 
-    A case that is not read in part, being no pair of C-ordered `.npy` volumes, or a bad one, has None.
+    Attributes:
+        index: of the case in the manifest.
+        case: the case.
+        uri: of the object at fault.
+        error: what is wrong with it.
+    """
+
+    index: int
+    case: Case
+    uri: str
+    error: ObjectError | DecodeError
+
+
+@dataclasses.dataclass(frozen=True)
+class LookedUp:
+    """What looking at every case found.
+
+    Attributes:
+        manifest: with the shapes and foreground boxes of the cases where they are known.
+        known: these, by index; None for a case that is always read whole, and for a bad one.
+        bad: the cases that cannot be read.
+    """
+
+    manifest: Manifest
+    known: list[Known | None]
+    bad: list[BadEntry]
+
+
+def look_up_cases(manifest: Manifest, store: StoreConfig | None = None) -> tuple[Manifest, list[Known | None]]:
+    """Look at every case as `look_up_each` does, but raise the first error of an object that cannot be had.
+
+    Raises:
+        ObjectError: an object is missing, changed or damaged.
+        StoreError: a place cannot be read.
+    """
+    found = look_up_each(manifest, store)
+    for entry in found.bad:
+        if isinstance(entry.error, ObjectError):
+            raise entry.error
+    return found.manifest, found.known
+
+
+def look_up_each(manifest: Manifest, store: StoreConfig | None = None) -> LookedUp:
+    """Read every label whole and every image's header; a case that cannot be read does not keep others from it.
 
     Raises:
         StoreError: a place cannot be read.
     """
     images, labels = open_store(manifest.images_uri, store), open_store(manifest.labels_uri, store)
     with concurrent.futures.ThreadPoolExecutor(LOOKED_UP_AT_ONCE, thread_name_prefix="look-up") as pool:
-        known = list(pool.map(functools.partial(look_up, images, labels), cases_of(manifest.table)))
-    return manifest.with_known(known), known
+        found = list(pool.map(functools.partial(look_up, images, labels), cases_of(manifest.table)))
+    known = [None if isinstance(each, BadCase) else each for each in found]
+    bad: list[BadEntry] = []
+    for index, (case, each) in enumerate(zip(cases_of(manifest.table), found, strict=True)):
+        if isinstance(each, BadCase):
+            uri = images.uri_of(case.image.name) if each.role == "image" else labels.uri_of(case.label.name)
+            bad.append(BadEntry(index, case, uri, each.error))
+    return LookedUp(manifest.with_known(known), known, bad)

@@ -8,14 +8,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import rich.console
 import rich.progress
 
 from .errors import EmptyListingError
 from .names import litter_kind, visible
-from .stores.base import Lists, ObjectMeta, StoreConfig
+from .stores.base import Lists, ObjectMeta, StoreConfig, is_unread
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,25 @@ class ListsFast(Protocol):
         """Every object of the place, given the first ones in byte order of names."""
 
 
+class Listing(NamedTuple):
+    """What a place holds.
+
+    Attributes:
+        objects: those that may be data, in byte order of names.
+        skipped: hidden files and folders and the litter of macOS and Windows, by kind; see `names.litter_kind`.
+    """
+
+    objects: list[ObjectMeta]
+    skipped: dict[str, list[ObjectMeta]]
+
+
 def list_objects(store: Lists, *, progress: bool = True) -> list[ObjectMeta]:
-    """List every object of a place that may be data, in byte order of names.
+    """List every object of a place that may be data, in byte order of names; see `list_place`."""
+    return list_place(store, progress=progress).objects
+
+
+def list_place(store: Lists, *, progress: bool = True) -> Listing:
+    """List every object of a place that may be data, and the litter that it holds beside them.
 
     Hidden files and folders below the URI, and the litter of macOS and Windows, are skipped; a warning counts them.
 
@@ -58,7 +75,10 @@ def list_objects(store: Lists, *, progress: bool = True) -> list[ObjectMeta]:
             f"bucket or folder, or upload data there"
         )
     _warn_of_classes(store.uri, objects)
-    return objects
+    unread = describe_unread(objects)
+    if unread:
+        logger.warning("%s: %s", store.uri, unread)
+    return Listing(objects, skipped)
 
 
 def without_litter(objects: list[ObjectMeta]) -> tuple[list[ObjectMeta], dict[str, list[ObjectMeta]]]:
@@ -72,6 +92,19 @@ def without_litter(objects: list[ObjectMeta]) -> tuple[list[ObjectMeta], dict[st
         else:
             skipped.setdefault(kind, []).append(meta)
     return kept, skipped
+
+
+def describe_unread(objects: list[ObjectMeta]) -> str | None:
+    """Say which objects of a listing are stored with a Content-Encoding that is not read; None where there are none."""
+    unread = [meta for meta in objects if is_unread(meta.content_encoding)]
+    if not unread:
+        return None
+    counts = collections.Counter(meta.content_encoding for meta in unread)
+    kinds = ", ".join(f"{count:,} {encoding}" for encoding, count in sorted(counts.items(), key=str))
+    return (
+        f"{len(unread):,} of {len(objects):,} objects are stored with a Content-Encoding that is not read ({kinds}; "
+        f"first: {visible(unread[0].name)}); decompress them and upload them anew, uncompressed or as gzip"
+    )
 
 
 def _described(skipped: dict[str, list[ObjectMeta]]) -> str:

@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from . import layout
-from .errors import ManifestError, ObjectError, StoreError
+from .errors import EncodingError, ManifestError, ObjectError, StoreError
+from .gunzip import uncompressed
 from .layout import Known
 from .pairing import Case
 from .stores.base import ObjectMeta, StoreConfig, open_store
@@ -187,7 +188,8 @@ class Manifest:
             "labels_uri": self.labels_uri,
         }
         sink = io.BytesIO()
-        pq.write_table(self.table.replace_schema_metadata({FORMAT: json.dumps(about)}), sink, compression="zstd")
+        metadata = {FORMAT: json.dumps(about, allow_nan=False)}
+        pq.write_table(self.table.replace_schema_metadata(metadata), sink, compression="zstd")
         return seal(sink.getvalue())
 
     @classmethod
@@ -250,10 +252,18 @@ class Manifest:
                     "`python -m ingest index`"
                 )
             data = store.fetch([found])[0]
+        except EncodingError as error:
+            raise ManifestError(f"{uri}: the manifest cannot be read: {error}") from error
         except ObjectError as error:
             raise ManifestError(f"{uri}: the manifest changed while it was read ({error}); try again") from error
         except StoreError as error:
             raise ManifestError(f"{uri}: the manifest cannot be read: {error}") from error
+        try:
+            data = uncompressed(data)
+        except ValueError as error:
+            raise ManifestError(
+                f"{uri}: expected a Parquet file that voxflux saved, compressed or not, found {error}; upload it anew"
+            ) from error
         return cls.from_bytes(data, name=uri)
 
 

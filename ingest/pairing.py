@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -19,6 +20,7 @@ SUFFIXED_IMAGE = r"(.+)_x\.npy"
 SUFFIXED_LABEL = r"(.+)_y\.npy"
 EQUAL_NAMES = r"(.+)\.npy"
 VOLUME_LIKE = re.compile(r"\.npy(\.\w+)?$", re.IGNORECASE)  # also .NPY and .npy.gz: a volume that would go unread
+READABLE = re.compile(r"\.npy(\.gz)?$", re.IGNORECASE)  # of those, what can be read where a pattern says so
 SHOWN = 3  # names shown in a message before "and N more"
 
 
@@ -188,18 +190,59 @@ def pair_cases(
     if pairing.problems:
         text = describe_problems(pairing.problems, images=len(images), labels=len(labels))
         if config.on_orphan == "fail":
+            ways = _ways_to_pair(pairing.problems, images, labels, same_place=same_place)
             raise PairingError(
-                f"{text}; upload what is missing, name keys with --data.pairing.image-pattern and "
-                "--data.pairing.label-pattern, or leave these out with --data.pairing.on-orphan quarantine"
+                f"{text}; upload what is missing, {ways}, or leave these out with --data.pairing.on-orphan quarantine"
             )
         logger.warning("%s; left out", text)
     if not pairing.cases:
+        ways = _ways_to_pair(pairing.problems, images, labels, same_place=same_place)
         raise PairingError(
             f"expected at least one image and label of the same key, found none among {len(images)} objects "
             f"for images (first: {_first(images)}) and {len(labels)} for labels (first: {_first(labels)}); "
-            "check the two URIs, or give --data.pairing.image-pattern and --data.pairing.label-pattern"
+            f"check the two URIs, {ways}; volumes are read as .npy or .npy.gz, so convert those of other formats"
         )
     return pairing
+
+
+def patterns_for(images: Iterable[str], labels: Iterable[str], *, same_place: bool = False) -> tuple[str, str]:
+    """The patterns by which all volumes of these names that can be read have keys, `.npy.gz` and `.NPY` included.
+
+    Args:
+        images: names of images.
+        labels: names of labels.
+        same_place: as for `join_by_key`.
+    """
+    names = [*images], [*labels]
+    ending = r"\.npy(?:\.gz)?"
+    if any(READABLE.search(name) and not name.endswith((".npy", ".npy.gz")) for name in (*names[0], *names[1])):
+        ending = f"(?i:{ending})"
+    suffixed = [f"(.+)_{letter}{ending}" for letter in "xy"]
+    if same_place or all(
+        any(re.fullmatch(pattern, name) for name in role) for pattern, role in zip(suffixed, names, strict=True)
+    ):
+        return suffixed[0], suffixed[1]
+    return f"(.+){ending}", f"(.+){ending}"
+
+
+def _ways_to_pair(
+    problems: Sequence[Problem], images: Sequence[ObjectMeta], labels: Sequence[ObjectMeta], *, same_place: bool
+) -> str:
+    """What to do about objects that match no pattern, in words that can be followed as they stand."""
+    names = [problem.name for problem in problems if problem.kind == "name-without-key"]
+    readable = [name for name in names if READABLE.search(name)]
+    others = [name for name in names if not READABLE.search(name)]
+    ways = "name keys with --data.pairing.image-pattern and --data.pairing.label-pattern"
+    if readable:
+        listed = ([same_form(entry.name) for entry in objects] for objects in (images, labels))
+        image, label = patterns_for(*listed, same_place=same_place)
+        ways = (
+            f"read names such as {visible(readable[0])} with --data.pairing.image-pattern {shlex.quote(image)} "
+            f"--data.pairing.label-pattern {shlex.quote(label)}"
+        )
+    if others:
+        ways += f", store volumes such as {visible(others[0])} as .npy or .npy.gz"
+    return ways
 
 
 def describe_problems(problems: Sequence[Problem], *, images: int, labels: int) -> str:

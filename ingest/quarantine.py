@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from .errors import (
     ConfigError,
     DecodeError,
+    EncodingError,
     ManifestError,
     ObjectError,
     ObjectNotFoundError,
@@ -25,6 +26,7 @@ from .errors import (
     QuarantineBudgetError,
     StaleManifestError,
 )
+from .gunzip import uncompressed
 from .plan import Indices
 from .stores.base import open_store
 from .stores.local import LocalStore
@@ -107,7 +109,7 @@ class QuarantineEntry:
         index: of the case in the manifest.
         case_id: its key.
         uri: of the object at fault.
-        reason: `missing`, `stale`, `corrupt`, or a `DecodeError`'s reason.
+        reason: `missing`, `stale`, `encoding`, `corrupt`, or a `DecodeError`'s reason.
         message: the error's.
         epoch: in which it was found.
     """
@@ -257,6 +259,8 @@ def entry_of(error: ObjectError | DecodeError, *, index: int, case_id: str, uri:
         reason = error.reason
     elif isinstance(error, ObjectNotFoundError):
         reason = "missing"
+    elif isinstance(error, EncodingError):
+        reason = "encoding"
     else:
         reason = "stale" if isinstance(error, StaleManifestError) else "corrupt"
     return QuarantineEntry(index, case_id, uri, reason, str(error), epoch)
@@ -303,11 +307,11 @@ def load_entries(run_dir: str) -> list[QuarantineEntry]:
         return []
     data = store.fetch([saved])[0]
     try:
-        table = pq.read_table(pa.BufferReader(data)).select(SCHEMA.names).cast(SCHEMA)
+        table = pq.read_table(pa.BufferReader(uncompressed(data))).select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ManifestError(
             f"{store.uri_of(QUARANTINE_FILE)}: expected a Parquet file with the columns {SCHEMA.names}, found "
-            f"something else ({error}); put back the one that the run wrote, or delete it to try all cases again"
+            f"something else ({error}); put back the one that the run wrote, or move it away to try all cases again"
         ) from error
     return [QuarantineEntry(**row) for row in table.to_pylist()]
 

@@ -31,7 +31,7 @@ import pyarrow as pa
 
 from .augment import PatchSampler
 from .crop import Boxes, Shape, foreground_boxes
-from .decode import LABEL_DTYPE, Buffer, DecodeConfig, LabelMap, check_values, decode_case, read_array
+from .decode import LABEL_DTYPE, Buffer, DecodeConfig, LabelMap, check_values, decode_case, read_array, read_header
 from .errors import DecodeError, ObjectError
 from .layout import Known, Layout, layout_of
 from .pairing import Case
@@ -268,24 +268,34 @@ def boxes_of(name: str, data: Buffer, label_1DHW: LabelMap) -> Boxes:
     return _BOXES.get((name, len(data), zlib.crc32(data)), lambda: foreground_boxes(label_1DHW))
 
 
-def look_up(images: Store, labels: Store, case: Case) -> Known | None:
-    """Read what a manifest may say of a case: both headers, and the label whole; None where they do not say it.
+def look_up(images: Store, labels: Store, case: Case) -> Known | BadCase | None:
+    """Read what a manifest may say of a case: the label whole, and of the image the header.
+
+    An image whose header does not show that it can be read in part is read whole, to tell a bad one from one that is
+    compressed or in Fortran order. Any number of channels and any label values are good here.
+
+    Returns:
+        What is known; the case as a bad one; or None for a good case that is always read whole.
 
     Raises:
-        ObjectError: an object of the case cannot be read.
         StoreError: a store as a whole cannot be read.
     """
+    names = images.uri_of(case.image.name), labels.uri_of(case.label.name)
     try:
         layout = _layout(images, labels, case)
-        (body,) = _unless_bad(labels.fetch_each([case.label]), "label")
-        label_1DHW: LabelMap = read_array(body, case.label.name, LABEL_DTYPE)
+        (label,) = _unless_bad(labels.fetch_each([case.label]), "label")
+        if layout is not None:
+            label_1DHW: LabelMap = read_array(label, names[1], LABEL_DTYPE)
+            return Known(layout, foreground_boxes(label_1DHW))
+        (image,) = _unless_bad(images.fetch_each([case.image]), "image")
+        channels = read_header(image, names[0])[0].shape[:1]
+        anything = DecodeConfig(num_classes=256, channels=max(1, *channels))
+        decode_case(image, label, anything, image_name=names[0], label_name=names[1])
     except _BadCaseError as error:
-        if isinstance(error.case.error, ObjectError):
-            raise error.case.error from error
-        return None
-    except DecodeError:
-        return None
-    return None if layout is None else Known(layout, foreground_boxes(label_1DHW))
+        return error.case
+    except DecodeError as error:
+        return BadCase(error, "label" if names_fault(error, names[1]) else "image")
+    return None
 
 
 def names_fault(error: DecodeError, name: str) -> bool:

@@ -17,13 +17,17 @@ class GCSPlace:
         self._url = server_url
         self._bucket, _, self._prefix = store.uri.removeprefix("gs://").partition("/")
 
-    def write(self, name: str, data: bytes, storage_class: str | None = None) -> None:
+    def write(
+        self, name: str, data: bytes, storage_class: str | None = None, content_encoding: str | None = None
+    ) -> None:
         """Write one object."""
         key = quote(self._prefix + name, safe="")
-        if storage_class is None:
+        if storage_class is None and content_encoding is None:
             self._send("POST", f"/upload/storage/v1/b/{self._bucket}/o?uploadType=media&name={key}", data)
             return
-        about = json.dumps({"name": self._prefix + name, "storageClass": storage_class}).encode()
+        fields = {"storageClass": storage_class, "contentEncoding": content_encoding}
+        given = {field: value for field, value in fields.items() if value is not None}
+        about = json.dumps({"name": self._prefix + name, **given}).encode()
         body = b"--x\r\nContent-Type: application/json\r\n\r\n" + about
         body += b"\r\n--x\r\nContent-Type: application/octet-stream\r\n\r\n" + data + b"\r\n--x--\r\n"
         path = f"/upload/storage/v1/b/{self._bucket}/o?uploadType=multipart"

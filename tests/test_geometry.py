@@ -49,7 +49,8 @@ def test_a_label_map_comes_back_from_nifti_with_its_affine():
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", json.dumps({"affine": [[1.0]]}).encode(), to_json(np.full((4, 4), np.nan))]
+    "content",
+    [b"", b"[]", json.dumps({"affine": [[1.0]]}).encode(), json.dumps({"affine": [[np.nan] * 4] * 4}).encode()],
 )
 def test_a_sidecar_that_is_none_is_refused_by_name(content):
     with pytest.raises(ConfigError, match=r"case_1\.json: expected a JSON object with `affine`"):
@@ -70,3 +71,8 @@ def test_affines_are_looked_for_beside_images(images, geometry):
 
 def test_a_place_without_affines_has_none(tmp_path):
     assert list_geometry(f"{tmp_path}/geometry/") == {}
+
+
+def test_an_affine_that_is_not_finite_is_never_written():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_json(np.full((4, 4), np.nan))

@@ -1,5 +1,6 @@
 """What the project promises of itself as a whole."""
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -30,6 +31,20 @@ def test_no_file_is_a_junk_drawer():
     names = [name for name in tracked.stdout.splitlines() if (ROOT / name).exists()]
     assert len(names) > 50
     assert [n for n in names if Path(n).name in {"utils.py", "helpers.py"}] == []
+
+
+@pytest.mark.parametrize("folder", ["ingest", "benchmarks"])
+def test_no_json_of_ours_holds_a_nan(folder):
+    found, calls = [], 0
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("json.dumps", "json.dump"):
+                continue
+            calls += 1
+            if "allow_nan=False" not in [f"{keyword.arg}={ast.unparse(keyword.value)}" for keyword in node.keywords]:
+                found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert calls
+    assert found == []
 
 
 def test_every_direct_dependency_is_pinned():

@@ -15,7 +15,7 @@ import torch
 from ray._private.state import available_resources_per_node
 
 from ingest.crop import Shape
-from ingest.decode import check_channels, parse_npy
+from ingest.decode import check_channels, read_header
 from ingest.errors import ConfigError, DecodeError, ObjectError, QuarantineBudgetError, StaleManifestError
 from ingest.manifest import Manifest, cases_of
 from ingest.plan import Indices
@@ -227,7 +227,7 @@ def _look_at(recipe: Recipe, manifest: Manifest, index: int) -> str | None:
     try:
         if isinstance(body, ObjectError):
             raise body
-        header, _ = parse_npy(body, name)
+        header, _ = read_header(body, name)
         if len(header.shape) == 4:  # before the patch: with channels last, the last of D, H and W would be too small
             check_channels(header.shape, recipe.data.decode, name)
     except (ObjectError, DecodeError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, ObjectError, PlaceNotFoundError
 from ..geometry import to_json
+from ..gunzip import uncompressed
 from ..stores.base import Lists, ObjectMeta, Store, open_store
 from .case import IMAGES, LABELS, CaseSource, geometry_name, image_name, label_name, npy_bytes
 
@@ -130,7 +131,7 @@ def claim(store: Store, settings: dict[str, Any], found: dict[str, ObjectMeta]) 
         if before == settings:
             return
     about = {"format": FORMAT, "version": FORMAT_VERSION, **settings}
-    store.put(SETTINGS, json.dumps(about, indent=2).encode() + b"\n")
+    store.put(SETTINGS, json.dumps(about, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def _check_same(uri: str, before: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -161,7 +162,7 @@ def _read_settings(store: Store) -> dict[str, Any] | None:
     if meta is None:
         return None
     try:
-        about = json.loads(store.fetch([meta])[0])
+        about = json.loads(uncompressed(store.fetch([meta])[0]))
         if about.pop("format") != FORMAT or about.pop("version") != FORMAT_VERSION:
             raise ValueError(f"not {FORMAT} version {FORMAT_VERSION}")
     except ObjectError:

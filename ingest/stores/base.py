@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import tyro
 
-from ..errors import ConfigError, ObjectError, PreconditionError, UnknownSchemeError
+from ..errors import ConfigError, EncodingError, ObjectError, PreconditionError, UnknownSchemeError
 
 Transport = Literal["auto", "compose", "direct"]
 
@@ -35,6 +35,28 @@ class ObjectMeta(NamedTuple):
     crc32c: int | None = None
     storage_class: str | None = None
     content_encoding: str | None = None
+
+
+_UNREAD_ENCODINGS = frozenset({"br", "compress", "dcb", "dcz", "deflate", "x-compress", "zstd"})
+"""Of https://www.iana.org/assignments/http-parameters, all that compress but gzip."""
+
+
+def is_unread(content_encoding: str | None) -> bool:
+    """Return whether an object with this Content-Encoding is not read. Its bytes are compressed, and not by gzip.
+
+    Values that are no compression, such as `utf-8` by mistake, do not matter.
+    """
+    if content_encoding is None:
+        return False
+    return any(token.strip().lower() in _UNREAD_ENCODINGS for token in content_encoding.split(","))
+
+
+def unread_encoding(uri: str, content_encoding: str) -> EncodingError:
+    """The error of an object that is stored with such an encoding, for every store."""
+    return EncodingError(
+        f"expected {uri} to be stored uncompressed or as gzip, found it stored with Content-Encoding "
+        f"{content_encoding}, which is not read; decompress it and upload it anew, or leave the case out"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ def fast_list_objects(
         with log.open("wb") as log_file:
             # Answer and log are files, so that nobody waits for anybody to empty a pipe.
             child = subprocess.Popen(
-                [sys.executable, "-m", "ingest.stores.fast_listing", json.dumps(request)],
+                [sys.executable, "-m", "ingest.stores.fast_listing", json.dumps(request, allow_nan=False)],
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str]) -> int:
     classes = {name: count for name, count in zip(STORAGE_CLASSES, counts, strict=True) if count}
     answer = Path(request["answer"])
     whole = answer.with_suffix(".partial")
-    whole.write_text(json.dumps({"sizes": found, "classes": classes}))
+    whole.write_text(json.dumps({"sizes": found, "classes": classes}, allow_nan=False))
     whole.rename(answer)
     return 0
 

@@ -1,4 +1,4 @@
-"""Google Cloud Storage: listed by google-cloud-storage, read by Dataflux (composed) or obstore (direct)."""
+"""Google Cloud Storage: listed by google-cloud-storage, read by Dataflux (composed) or libcurl (direct)."""
 
 from __future__ import annotations
 

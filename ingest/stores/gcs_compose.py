@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 OBJECTS_PER_COMPOSITE = 32  # the most that GCS composes in one request
 _NPY_MAGIC = b"\x93NUMPY"
+_GZIP_MAGIC = b"\x1f\x8b"
 _CLEANUP_TRIES = 8
 
 
@@ -85,7 +86,7 @@ class ComposeReader:
         if compose_refusal(bucket) is not None:
             return self.direct.read_each(chunk)
         try:
-            return list(self.read_composed(chunk))
+            bodies = self.read_composed(chunk)
         except RefusedError:
             raise  # there is no server to read from directly either
         except PermissionDeniedError as error:
@@ -99,7 +100,24 @@ class ComposeReader:
                 chunk[0].name,
                 error,
             )
+        else:
+            return self._with_encodings(chunk, bodies)
         return self.direct.read_each(chunk)
+
+    def _with_encodings(self, chunk: list[ObjectMeta], bodies: Sequence[bytes]) -> list[bytes | ObjectError]:
+        """Read objects by themselves whose bytes are neither .npy nor gzip: one may be stored with another encoding.
+
+        Their own headers tell it, a composite's do not. A listing tells it too, a manifest does not.
+        """
+        found: list[bytes | ObjectError] = list(bodies)
+        odd = [
+            position
+            for position, (meta, body) in enumerate(zip(chunk, bodies, strict=True))
+            if meta.name.endswith(".npy") and not body.startswith((_NPY_MAGIC, _GZIP_MAGIC))
+        ]
+        for position, body in zip(odd, self.direct.read_each([chunk[position] for position in odd]), strict=True):
+            found[position] = body
+        return found
 
     def read_composed(self, chunk: Sequence[ObjectMeta]) -> list[bytes]:
         """Read 2 to 32 objects through one composite, or fail; leaves no composite where it can be deleted.
@@ -261,7 +279,7 @@ def _check(chunk: Sequence[ObjectMeta], bodies: Sequence[bytes]) -> None:
         if meta.crc32c is not None:
             if google_crc32c.value(body) != meta.crc32c:
                 raise _DoubtError(f"the checksum of {meta.name} does not match its listing")
-        elif meta.name.endswith(".npy") and not body.startswith(_NPY_MAGIC):
+        elif meta.name.endswith(".npy") and not body.startswith((_NPY_MAGIC, _GZIP_MAGIC)):
             raise _DoubtError(f"{meta.name} does not begin as an .npy file does")
 
 

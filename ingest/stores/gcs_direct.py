@@ -1,4 +1,4 @@
-"""Direct reads: one GET an object by libcurl, many at once, pinned to the listed generation and checked."""
+"""Direct reads: one GET for each object, many at once by libcurl, pinned to the listed generation and checked."""
 
 from __future__ import annotations
 
@@ -19,30 +19,53 @@ from ..errors import (
     StaleManifestError,
     StoreError,
 )
-from .base import Bodies, ObjectMeta, Pieces, RangeRequest, StoreConfig, joined, parted
+from .base import (
+    Bodies,
+    ObjectMeta,
+    Pieces,
+    RangeRequest,
+    StoreConfig,
+    is_unread,
+    joined,
+    parted,
+    unread_encoding,
+)
 from .curl import Answer, CutError, Get, Outcome, PoolClosedError
 from .gcs_clients import authorization, curl_pool, google_blob, google_client, object_url, pool, timeouts_s
 from .gcs_errors import AbsentError, RefusalError, call, status_of
 from .retry import PassingError
 
 IN_FLIGHT = 32
-"""Requests in flight a process where neither the configuration nor a probe says how many."""
+"""Requests in flight per process, unless the configuration or a probe sets another number."""
 
 
-# So GCS sends a compressed object as it is stored, which is what size, checksum and ranges are of.
-# https://cloud.google.com/storage/docs/transcoding
+# With this header GCS sends an object that is stored as gzip as it is stored, and does not decompress it. The listed
+# size, the checksum and ranges are of the stored bytes. https://cloud.google.com/storage/docs/transcoding
 AS_STORED = "Accept-Encoding: gzip"
+
+_MAGICS = (b"\x93NUMPY", b"\x1f\x8b")  # .npy and gzip: bytes that need no header to be understood
 
 
 class Ask(NamedTuple):
-    """An object, or the part of it from the first to before the second byte of `span`."""
+    """A request for an object, or for part of it.
+
+    Attributes:
+        meta: the object.
+        span: bytes to read, from the first to before the second number; None reads the whole object.
+    """
 
     meta: ObjectMeta
     span: tuple[int, int] | None = None
 
 
 class _Read:
-    """An ask on its way: what has come of a body that was cut, and of which generation it is."""
+    """The state of one request over its tries.
+
+    Attributes:
+        ask: the request.
+        body: the first part of a body that was cut, to be continued.
+        generation: the generation of what was read; None while nothing is, or if the answers do not tell it.
+    """
 
     __slots__ = ("ask", "body", "generation")
 
@@ -52,7 +75,7 @@ class _Read:
         self.generation: int | None = None
 
     def rest(self) -> Ask:
-        """What is still to be asked for, of the generation of what has come."""
+        """Return the request for the bytes that are still missing, of the same generation."""
         if not self.body:
             return self.ask
         meta, span = self.ask
@@ -60,12 +83,19 @@ class _Read:
         return Ask(meta._replace(generation=self.generation), (start + len(self.body), stop))
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Drop the part that has arrived: the next try reads from the start."""
         self.body = b""
         self.generation = None
 
     def kept(self, cut: CutError) -> PassingError:
-        """Keep what has come, if it is known to be of one generation and from where it was asked for."""
+        """Keep the part of a body that arrived before it was cut, if the next try can continue it.
+
+        That needs the answer to tell its generation, and to begin at the byte that was asked for. Otherwise the part is
+        dropped.
+
+        Returns:
+            The error to raise. It is marked as progress if at least a hundredth of the body arrived.
+        """
         meta, asked = self.rest()
         generation, answer = cut.answer.generation(), cut.answer
         wanted_bytes = meta.size_bytes if asked is None else asked[1] - asked[0]
@@ -82,16 +112,18 @@ class _Read:
         self.generation = generation
         self.body += answer.body
         whole_bytes = meta.size_bytes if self.ask.span is None else self.ask.span[1] - self.ask.span[0]
-        cut.progressed = 100 * len(answer.body) >= whole_bytes  # so that a body is continued a hundred times at most
+        cut.progressed = 100 * len(answer.body) >= whole_bytes  # at most 100 such tries
         return cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DirectReader:
-    """Reads objects of one bucket, one request each. Thread-safe; plain values only.
+    """Reads objects of one bucket, one request each. Thread-safe; holds plain values only, so that it pickles.
 
     Attributes:
-        prefix: what stands before every object's name: empty, or ending in ``/``.
+        bucket: the bucket's name.
+        prefix: put before every object's name; empty, or ending in ``/``.
+        config: how to talk to the server.
     """
 
     bucket: str
@@ -102,19 +134,19 @@ class DirectReader:
         """Read objects, at most `max_in_flight` at a time in this process.
 
         Raises:
-            StoreError: the bucket as a whole cannot be read; what was still to do is left.
+            StoreError: the bucket as a whole cannot be read; the remaining objects are not read.
         """
         return self._each([Ask(meta) for meta in objects])
 
     def read_ranges(self, requests: Sequence[RangeRequest]) -> Pieces:
-        """Read parts of objects; near ones by one request, and else as `read_each`.
+        """Read parts of objects, as `read_each` does; one request serves parts of an object that lie close together.
 
         Raises:
-            StoreError: the bucket as a whole cannot be read; what was still to do is left.
+            StoreError: the bucket as a whole cannot be read; the remaining parts are not read.
         """
         runs = joined(requests, self.config.range_gap_bytes, self.config.range_most_bytes)
         asks = [Ask(run[0].meta, (run[0].start, run[-1].stop)) for run in runs]
-        # Where the listing tells no generation the first part does, and the other parts are pinned to it.
+        # If the listing has no generation, the answer to the first part tells it, and the other parts are pinned to it.
         firsts: dict[ObjectMeta, int] = {}
         for position, ask in enumerate(asks):
             if ask.meta.generation is None:
@@ -138,7 +170,7 @@ class DirectReader:
         return pieces
 
     def read(self, meta: ObjectMeta) -> bytes | ObjectError:
-        """Read one object; an error that concerns it alone is returned.
+        """Read one object; return, not raise, an error that concerns this object alone.
 
         Raises:
             StoreError: the bucket as a whole cannot be read.
@@ -146,18 +178,18 @@ class DirectReader:
         return self._each([Ask(meta)])[0]
 
     def _each(self, asks: Sequence[Ask], met: list[int | None] | None = None) -> Bodies:
-        """All at once by libcurl; what does not come whole and right at once is then seen to one by one.
+        """Send all requests at once, and retry those that fail one by one.
 
         Args:
-            asks: what to read.
-            met: takes the generation of each that was read; None where nobody asks.
+            asks: the requests.
+            met: if given, receives the generation of each object that was read.
         """
         reads = [_Read(ask) for ask in asks]
         plain = [position for position, ask in enumerate(asks) if _is_plain(self.prefix + ask.meta.name)]
         outcomes = dict(zip(plain, self._asked_by_curl([asks[position] for position in plain]), strict=True))
         given: dict[int, bytes | ObjectError] = {}
         for position, outcome in outcomes.items():
-            # What is not right goes on to `_read`, as its first try.
+            # An answer that is not right is the first try of `_read` below.
             if isinstance(outcome, Answer):
                 with contextlib.suppress(PassingError, RefusalError, ObjectError):
                     given[position] = self._checked(outcome, reads[position])
@@ -182,7 +214,7 @@ class DirectReader:
         failed: list[StoreError] = []
 
         def work() -> None:
-            # One iterator for all workers: taking the next of a list is atomic.
+            # All workers share one iterator over a list: taking the next item is atomic.
             for position in todo:
                 if failed:
                     return
@@ -198,10 +230,10 @@ class DirectReader:
             raise failed[0]
 
     def _read(self, read: _Read, outcome: Outcome | None) -> bytes | ObjectError:
-        """Read under the retry policy, whose first try gave `outcome` where that is not None."""
+        """Read under the retry policy. If `outcome` is given, it is the result of the first try."""
         meta = read.ask.meta
         key = self.prefix + meta.name
-        # A token may have run out while the request waited for its turn: a 401 is asked again with a new one.
+        # A token may expire while a request waits for its turn, so a first 401 is asked again with a new token.
         stale_token = isinstance(outcome, Answer) and outcome.status == 401
         first = [] if outcome is None or stale_token else [outcome]
 
@@ -211,7 +243,7 @@ class DirectReader:
             except (google.api_core.exceptions.GoogleAPICallError, RefusalError) as error:
                 if status_of(error) not in (404, 416):  # 416: the range begins after the end of what is there now
                     raise
-                read.forget()  # what had come may be of a generation that is gone
+                read.forget()  # the part that arrived may be of a generation that is gone
                 raise self._why_absent(meta, str(error).partition("\n")[0]) from error
 
         try:
@@ -225,11 +257,11 @@ class DirectReader:
         key = self.prefix + ask.meta.name
         if _is_plain(key):
             (outcome,) = self._asked_by_curl([ask])
-            assert outcome is not None  # none is left out of one
+            assert outcome is not None  # a batch of one request is always sent
             return outcome
         blob = google_blob(self.config, self.bucket, key, ask.meta.generation)
         first, last = (None, None) if ask.span is None else (ask.span[0], ask.span[1] - 1)
-        # Of a whole object the client compares the answer's own checksum; raw is as stored.
+        # raw_download gives the stored bytes. The client checks a whole object against the answer's own checksum.
         body = blob.download_as_bytes(
             start=first,
             end=last,
@@ -238,7 +270,8 @@ class DirectReader:
             timeout=timeouts_s(self.config),
             checksum="crc32c" if ask.span is None else None,
         )
-        return Answer(200, body, None, None)
+        head = f"\ncontent-encoding: {blob.content_encoding}\n" if blob.content_encoding else ""
+        return Answer(200, body, None, None, head=head.encode())
 
     def _asked_by_curl(self, asks: Sequence[Ask]) -> list[Outcome | None]:
         headers = call(
@@ -263,15 +296,16 @@ class DirectReader:
             return [PassingError("reset", str(error)) for _ in gets]
 
     def _checked(self, outcome: Outcome, read: _Read) -> bytes:
-        """The body of an answer that is what was listed, and what its own headers say.
+        """Return the body of an answer, after checking it against the listing and against the answer's own headers.
 
-        An answer's checksum is of the whole object: a part cannot be compared with it, a whole one put together of
-        parts can.
+        An answer's checksum is of the whole object. So a part of an object cannot be checked against it, but a whole
+        object that was put together from parts can.
 
         Raises:
             PassingError: the connection failed, or the bytes are wrong.
-            RefusalError: the answer is no success.
+            RefusalError: the status is not one of success.
             StaleManifestError: the object is of another size or generation by now.
+            EncodingError: the object is stored with an encoding that is not read.
         """
         meta, span = read.ask
         if isinstance(outcome, CutError):
@@ -280,8 +314,13 @@ class DirectReader:
             raise outcome
         if outcome.status not in (200, 206):
             raise RefusalError(outcome)
+        encoding = meta.content_encoding
+        if not outcome.body.startswith(_MAGICS):  # looking into the headers of every answer costs a tenth of a GET
+            encoding = outcome.content_encoding() or encoding
+        if encoding is not None and is_unread(encoding):
+            raise unread_encoding(f"gs://{self.bucket}/{self.prefix}{meta.name}", encoding)
         if span is None and not read.body and meta.crc32c is not None and len(outcome.body) == meta.size_bytes:
-            # By far the most: bytes that match what was listed need no header.
+            # Most answers end here: bytes that match the listed checksum need no further header.
             found = google_crc32c.value(outcome.body)
             if found == meta.crc32c:
                 return outcome.body
@@ -290,7 +329,7 @@ class DirectReader:
             raise self._stale(meta, f"generation {generation}")
         if outcome.object_bytes is not None and outcome.object_bytes != meta.size_bytes:
             read.forget()
-            # The listed generation has the listed length for ever: then it is the answer that is wrong.
+            # A generation never changes its length, so an answer of the listed generation with another length is wrong.
             if generation is not None and generation == meta.generation:
                 raise PassingError(
                     "truncated", f"an answer of {outcome.object_bytes:,} bytes of {meta.size_bytes:,} that were listed"
@@ -316,7 +355,7 @@ class DirectReader:
         return body
 
     def _why_absent(self, meta: ObjectMeta, detail: str) -> ObjectError | PassingError:
-        """After a 404: whether the object is gone, was overwritten, or is there as listed, so that the 404 may pass.
+        """Return the error for a 404: the object is gone, or was overwritten, or is there and the 404 may pass.
 
         Raises:
             PlaceNotFoundError: the bucket itself does not exist.
@@ -333,7 +372,10 @@ class DirectReader:
         return self._stale(meta, f"{now.size:,} bytes, generation {now.generation}")
 
     def _now(self, key: str) -> storage.Blob | None:
-        """The object as the bucket lists it now, since a 404 on its own name is what is in doubt; None if gone."""
+        """Return the object as the bucket lists it now; None if it is gone.
+
+        The bucket is listed, because the answer to a request for the object itself is what is in doubt.
+        """
         timeout = timeouts_s(self.config)
         try:
             found = call(
@@ -351,14 +393,14 @@ class DirectReader:
                 f"expected the bucket gs://{self.bucket}, found that it does not exist; check its name"
             ) from error
         except PermissionDeniedError:
-            # Reading may be allowed where listing is not: then the object's own metadata has to tell.
+            # An account may be allowed to read but not to list: then ask for the object's own metadata.
             return call(
                 self.config,
                 lambda: google_client(self.config).bucket(self.bucket).get_blob(key, retry=None, timeout=timeout),
                 what=f"asking for gs://{self.bucket}/{key}",
                 permission="storage.objects.get",
             )
-        # In byte order of names the object itself comes before all that its name begins.
+        # In byte order of names an object comes before all others whose names begin with its name.
         return found[0] if found and found[0].name == key else None
 
     def _stale(self, meta: ObjectMeta, found: str) -> StaleManifestError:
@@ -370,7 +412,10 @@ class DirectReader:
 
 
 def _is_plain(key: str) -> bool:
-    """Whether the key may stand in a path: clients and proxies drop empty and dot segments, which GCS allows."""
+    """Return whether a key may stand in a URL's path.
+
+    GCS allows empty segments and segments of dots in keys. Clients and proxies drop them from paths.
+    """
     return all(segment not in ("", ".", "..") for segment in key.split("/"))
 
 

@@ -1,4 +1,4 @@
-"""What google-cloud-storage, google-auth and requests raise, and what servers answer, turned into our errors."""
+"""Turns errors of google-cloud-storage, google-auth and requests, and refusals of servers, into our errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class RefusalError(Exception):
-    """An HTTP answer that is no success, by libcurl; never leaves the stores."""
+    """An HTTP answer whose status is not one of success, to a request by libcurl. Never leaves the stores."""
 
     def __init__(self, answer: Answer) -> None:
         text = answer.body[:2000].decode("utf-8", "replace")
@@ -43,12 +43,12 @@ _FOREIGN = (
     requests.exceptions.RequestException,
     urllib3.exceptions.HTTPError,
     RefusalError,
-    OSError,  # sockets' own errors
+    OSError,  # errors of sockets
 )
 
 
 class AbsentError(StoreError):
-    """A 404, before it is known whether the object or its bucket is missing; never leaves the stores."""
+    """A 404 of which it is not known yet whether the object or its bucket is missing. Never leaves the stores."""
 
 
 def call(
@@ -59,14 +59,14 @@ def call(
     permission: str,
     tries: int | None = None,
 ) -> T:
-    """Do one request under the retry policy, with its errors made ours.
+    """Send one request under the retry policy, and raise its errors as ours.
 
     Args:
         config: the retry policy.
         action: sends the request once, with the library's own retries off.
-        what: the request in words, with the full URI.
-        permission: the IAM permission that it needs, to name on a 403.
-        tries: at most so many; None goes by the deadline alone.
+        what: the request in words with the full URI, for messages.
+        permission: the IAM permission that the request needs, named in the message of a 403.
+        tries: number of tries at most; None retries until the deadline.
 
     Raises:
         AbsentError: 404.
@@ -84,7 +84,7 @@ def call(
 
 
 def translated(error: Exception, what: str, permission: str) -> StoreError | PassingError:
-    """The error of ours that `error` stands for."""
+    """Return our error for an error of a library, or for a refusal."""
     status = status_of(error)
     detail = _detail_of(error)
     if status is not None:
@@ -126,11 +126,11 @@ _PASSING_OAUTH = frozenset({"internal_failure", "server_error", "temporarily_una
 
 
 def passes(error: google.auth.exceptions.GoogleAuthError) -> bool:
-    """Whether a token that could not be had may be had later: the token server was not reached, or failed itself.
+    """Return whether asking for the token again may help: the token server was not reached, or it failed itself.
 
-    google-auth hides that well. A metadata server's 503 arrives as a RefreshError whose cause and first argument are
-    a TransportError; a refusal by IAM carries the body of the answer as its second argument, and no status. The flag
-    `retryable` is set by some paths only.
+    google-auth does not tell this in one way. A metadata server's 503 arrives as a RefreshError; its cause and its
+    first argument are a TransportError. A refusal by IAM has the body of the answer as its second argument, and no
+    status. Only some paths set the flag `retryable`.
     """
     current: BaseException | None = error
     seen: set[int] = set()
@@ -149,7 +149,7 @@ def passes(error: google.auth.exceptions.GoogleAuthError) -> bool:
 
 
 def _answer_passes(error: google.auth.exceptions.GoogleAuthError) -> bool | None:
-    """By the token server's answer that an error carries; None where it carries none that tells."""
+    """Return the same by the token server's answer that an error carries; None if it carries none that decides it."""
     answer = error.args[1] if len(error.args) > 1 else None
     status = getattr(answer, "status", None)
     if isinstance(status, int):
@@ -159,9 +159,9 @@ def _answer_passes(error: google.auth.exceptions.GoogleAuthError) -> bool | None
         try:
             body = json.loads(body)
         except ValueError:
-            return True  # a refusal is JSON; anything else is a gateway's, in the server's stead
+            return True  # a token server refuses with JSON; any other text is a gateway's
     elif answer is None and error.args and isinstance(error.args[0], str) and error.args[0].lstrip().startswith("<"):
-        return True  # the same, where the page itself is the message
+        return True  # also a gateway's page, which is the message itself here
     if not isinstance(body, dict):
         return None
     said = body.get("error")
@@ -197,7 +197,7 @@ def _of_status(
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status that a client's error stands for; None where it is of another kind."""
+    """Return the HTTP status of a client's error; None if the error is not an answer of the server."""
     if isinstance(error, google.api_core.exceptions.GoogleAPICallError):
         return int(error.code) if error.code is not None else None
     if isinstance(error, google.cloud.storage.exceptions.InvalidResponse):

@@ -53,6 +53,15 @@ def test_the_table_the_json_and_the_curve_have_the_means_of_the_scores_by_case(t
     assert np.ptp(imread(file.with_suffix(".png"))) > 0.5
 
 
+def test_an_epoch_without_a_loss_is_null_in_the_json_and_a_gap_in_the_curve(tmp_path: Path) -> None:
+    folder, file = a_run(tmp_path), tmp_path / "out" / "quality.json"
+    rows = json.loads((folder / "metrics.json").read_text())
+    rows[-1]["train_loss"] = None  # it was not finite
+    (folder / "metrics.json").write_text(json.dumps(rows))
+    assert run(QualityConfig(run_dir=str(folder), json=file), Console(quiet=True)) == 0
+    assert json.loads(file.read_text())["meta"]["train_loss"] == [0.5, 0.25, None]
+
+
 def test_scores_that_are_not_those_which_the_run_reported_are_refused(tmp_path: Path) -> None:
     folder = a_run(tmp_path)
     save_scores(

@@ -1,9 +1,13 @@
 """What every benchmark prints and writes."""
 
 import io
+import json
+import math
 
+import numpy as np
 from rich.console import Console
 
+from benchmarks.child import in_child
 from benchmarks.report import Report
 
 
@@ -16,3 +20,23 @@ def test_a_table_is_printed_whole_however_narrow_the_terminal():
     assert all(any(field in line for line in lines) for field in fields)
     (values,) = [line for line in lines if "123,456" in line]
     assert values.count("123,456") == len(fields)
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_a_figure_that_is_not_finite_is_null_in_the_json(tmp_path):
+    rows = [{"au": math.nan, "rate": np.float64("inf"), "parts": (1.0, -math.inf)}]
+    report = Report(name="x", rows=rows, meta={"least": math.nan, "seed": 3})
+    file, _ = report.save(tmp_path / "x.json", lambda axes: None)
+    saved = json.loads(file.read_text(), parse_constant=no_constant)
+    assert saved == {"meta": {"least": None, "seed": 3}, "rows": [{"au": None, "rate": None, "parts": [1.0, None]}]}
+
+
+def test_a_process_of_its_own_answers_with_none_for_what_is_not_finite():
+    assert in_child("tests.benchmarks.test_report:echo", value=math.nan) == {"value": None, "answer": None}
+
+
+def echo(value: float | None) -> dict[str, float | None]:
+    return {"value": value, "answer": math.inf}

@@ -1,6 +1,7 @@
 """The look at the smallest volumes before a run starts: it obeys the policies for bad and stale cases."""
 
 import dataclasses
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,15 @@ def test_a_case_without_a_shape_in_a_manifest_with_shapes_is_read(root):
     with pytest.raises(DecodeError, match="case_00001"):
         check_smallest(policy(FAIL), manifest)
     assert "case_00001" in check_smallest(policy(QUARANTINE), manifest)
+
+
+def test_a_smallest_image_that_is_stored_as_gzip_is_looked_at_as_any_other(root):
+    image, _ = files_of(root, 2)
+    image.write_bytes(gzip.compress(npy_bytes(np.zeros((1, 8, 9, 9), np.float32))))
+    assert check_smallest(policy(FAIL), listed(root)) is None
+    image.write_bytes(gzip.compress(npy_bytes(np.zeros((1, 7, 9, 9), np.float32))))
+    with pytest.raises(ConfigError, match=r"found \(7, 9, 9\) in the smallest, .*case_00002_x\.npy"):
+        check_smallest(policy(FAIL), listed(root))
 
 
 def test_a_run_that_quarantined_its_smallest_case_goes_on_without_looking_at_it(root, tmp_path):
