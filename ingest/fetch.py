@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .decode import Buffer
-from .errors import ConfigError, ObjectError, ObjectNotFoundError, StaleManifestError
+from .errors import ConfigError, IngestError, ObjectError, ObjectNotFoundError, StaleManifestError
 from .layout import NAMES, Known, known_of
 from .manifest import cases_of
 from .pairing import Case
@@ -322,10 +322,22 @@ def _settled(
     if not isinstance(found, BadCase):
         return found if isinstance(found, _Row) else _Row(*found)
     if spec.quarantine is None or not spec.bad.takes(found.error):
-        raise found.error
+        raise _with_advice(found.error) from found.error
     uri, meta = (spec.images_uri, case.image) if found.role == "image" else (spec.labels_uri, case.label)
     name = _store(uri, spec.store).uri_of(meta.name)
     return entry_of(found.error, index=index, case_id=case.case_id, uri=name, epoch=epoch)
+
+
+def _with_advice(error: IngestError) -> IngestError:
+    """The error that ends a run whose policy takes no bad case, with the settings that would let it go on."""
+    if isinstance(error, StaleManifestError):
+        return StaleManifestError(
+            f"{error}; put the listed bytes back, or go on with --data.on-stale refresh, which reads it as it is now, "
+            "or with --data.on-stale quarantine, which leaves its case out"
+        )
+    if isinstance(error, ObjectNotFoundError):
+        return ObjectNotFoundError(f"{error}, or go on with --data.on-bad quarantine, which leaves its case out")
+    return error
 
 
 def _both(spec: ShardSpec, case: Case, bodies: Bodies, *, refresh: bool) -> _Row | BadCase:
@@ -367,13 +379,13 @@ def _as_it_is_now(store: Store, listed: ObjectMeta) -> ObjectMeta | ObjectError:
     if now is None:
         return ObjectNotFoundError(
             f"expected {store.uri_of(listed.name)}, which was overwritten since it was listed, found that it is gone; "
-            "put it back or list anew"
+            "put it back"
         )
     if (now.size_bytes, now.generation) == (listed.size_bytes, listed.generation):
         return now
     logger.warning(
         "%s was overwritten since it was listed (%s bytes, generation %s): it is read as it is now (%s bytes, "
-        "generation %s); make the manifest anew to read it so from the start",
+        "generation %s); a new run lists it as it is now",
         store.uri_of(listed.name),
         f"{listed.size_bytes:,}",
         listed.generation or "unknown",

@@ -265,8 +265,8 @@ def entry_of(error: ObjectError | DecodeError, *, index: int, case_id: str, uri:
 def over_budget(entries: list[QuarantineEntry], budget: int) -> QuarantineBudgetError:
     """The error that names the cases and the budget."""
     return QuarantineBudgetError(
-        f"expected at most {budget} bad cases, found {len(entries)}: {_named(entries)}; mend or remove them and make "
-        "the manifest anew, or raise --data.budget-cases"
+        f"expected at most {budget} bad cases, found {len(entries)}: {_named(entries)}; mend them, or "
+        "raise --data.budget-cases: a run goes on with it by --trainer.resume"
     )
 
 

@@ -104,13 +104,13 @@ class MemoryStore(BaseStore):
     def _checked(self, meta: ObjectMeta, held: tuple[bytes, int] | None) -> bytes | ObjectError:
         if held is None:
             return ObjectNotFoundError(
-                f"expected the listed object {self.uri_of(meta.name)}, found that it is gone; put it back or list anew"
+                f"expected the listed object {self.uri_of(meta.name)}, found that it is gone; put it back"
             )
         body, generation = held
         if len(body) != meta.size_bytes or meta.generation not in (None, generation):
             return StaleManifestError(
                 f"expected {self.uri_of(meta.name)} as listed ({meta.size_bytes:,} bytes, generation "
-                f"{meta.generation}), found {len(body):,} bytes, generation {generation}; list anew"
+                f"{meta.generation}), found {len(body):,} bytes, generation {generation}; it was overwritten since"
             )
         return body
 
@@ -130,7 +130,9 @@ class MemoryStore(BaseStore):
             raise ConfigError(f"expected a name of an object below {self.uri}, found an empty one")
         with _LOCK:
             if name not in self._objects():
-                raise ObjectNotFoundError(f"expected the object {self.uri_of(name)} to delete, found none; list anew")
+                raise ObjectNotFoundError(
+                    f"expected the object {self.uri_of(name)} to delete, found none; it is gone already"
+                )
             self._require(name, if_generation)
             del self._objects()[name]
 

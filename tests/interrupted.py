@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import hashlib
 import pickle
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def interrupt_after(calls: int) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     payload = pickle.dumps(Task(4))
     interrupt_after(int(sys.argv[1]))
     try:

@@ -21,6 +21,7 @@ from ingest.errors import (
     DecodeError,
     IngestError,
     ManifestError,
+    ObjectError,
     ObjectNotFoundError,
     PermissionDeniedError,
     QuarantineBudgetError,
@@ -332,6 +333,26 @@ def test_a_stale_object_is_read_anew_and_said_so_when_the_policy_is_refresh(tmp_
     assert [i for i in range(6) if not np.array_equal(after[i], before[i])] == [2]
     (message,) = [record.getMessage() for record in caplog.records]
     assert "case_00002_x.npy was overwritten since it was listed" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice", "policy", "left"),
+    [
+        ("overwritten", "--data.on-stale refresh", BadCaseConfig(on_stale="refresh"), [0, 1, 2, 3, 4, 5]),
+        ("overwritten", "--data.on-stale quarantine", BadCaseConfig(on_stale="quarantine"), [0, 1, 3, 4, 5]),
+        ("gone", "--data.on-bad quarantine", BadCaseConfig(on_bad="quarantine"), [0, 1, 3, 4, 5]),
+    ],
+)
+def test_the_advice_for_an_object_that_changed_since_it_was_listed_lets_the_run_go_on(
+    tmp_path, kind, advice, policy, left
+):
+    make_set(tmp_path, 6)
+    manifest = index_cases(f"{tmp_path}/images", f"{tmp_path}/labels").manifest
+    ruin(tmp_path, 2, kind)
+    with pytest.raises(ObjectError, match=advice):
+        delivered(shard(tmp_path, manifest=manifest))
+    book = QuarantineBook(None, budget=1)
+    assert delivered(shard(tmp_path, bad=policy, book=book, manifest=manifest)) == left
 
 
 def test_a_stale_object_that_is_refreshed_and_found_bad_goes_by_the_policy_for_bad_ones(tmp_path):

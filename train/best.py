@@ -8,7 +8,7 @@ from typing import Any
 from ingest.errors import ConfigError
 from ingest.stores import open_store
 
-from .checkpoint import STATE_FILE
+from .checkpoint import STATE_FILE, check_archive
 from .plain_json import is_figure, of_json, to_json
 
 BEST_FILE = "best.json"
@@ -33,8 +33,12 @@ def keep_best(run_dir: str, checkpoint: str, row: Row) -> None:
     if kept and is_figure(kept["mean_dice"]) and kept["epoch"] < row["epoch"] and kept["mean_dice"] >= row["mean_dice"]:
         return
     name = f"{checkpoint}/{STATE_FILE}"
-    entry = next(entry for entry in store.list(name) if entry.name == name)
-    store.put(f"{BEST_FOLDER}/{STATE_FILE}", store.fetch([entry])[0])
+    entry = next((entry for entry in store.list(name) if entry.name == name), None)
+    if entry is None:
+        raise ConfigError(f"expected {store.uri_of(name)}, found none; it is kept with the next better epoch")
+    data = store.fetch([entry])[0]
+    check_archive(data, store.uri_of(name))
+    store.put(f"{BEST_FOLDER}/{STATE_FILE}", data)
     about = {"checkpoint": BEST_FOLDER, "epoch": row["epoch"], "step": row["step"], "mean_dice": row["mean_dice"]}
     store.put(BEST_FILE, to_json(about).encode())
 

@@ -13,7 +13,7 @@ from ingest.quarantine import QUARANTINE_FILE, load_entries
 from ingest.stores import open_store
 
 from .best import BEST_FILE, BEST_FOLDER, read_best
-from .checkpoint import LATEST_FILE, POSITION_FILE, PROGRESS_PREFIX, STATE_FILE, read_position
+from .checkpoint import CHECKPOINT_MANIFEST, LATEST_FILE, POSITION_FILE, STATE_FILE, read_position
 from .config import from_json
 from .holdout import HELD_OUT_FILE
 from .metrics import METRICS_FILE, written_rows
@@ -80,7 +80,7 @@ def check_run_folder(run_dir: str) -> list[str]:
     }
     found: dict[str, str] = {}
     for name, read in readers.items():
-        if name in there or name == STEPS:
+        if name in there or name in (STEPS, LATEST_FILE):  # checkpoints that nothing names are checked too
             try:
                 read()
             except StoreError:
@@ -108,7 +108,7 @@ def describe(place: str, error: BaseException) -> str:
 
 
 def whole_checkpoints(names: set[str]) -> list[str]:
-    """The folders that have all files of a checkpoint, newest last; best has no position, and is not among them.
+    """The folders that hold a finished checkpoint, newest last; best has no position, and is not among them.
 
     Args:
         names: of all objects in the run's folder.
@@ -117,8 +117,7 @@ def whole_checkpoints(names: set[str]) -> list[str]:
     return sorted(
         folder
         for folder in folders
-        if {f"{folder}/{STATE_FILE}", f"{folder}/{POSITION_FILE}"} <= names
-        and any(name.startswith(f"{folder}/{PROGRESS_PREFIX}") for name in names)
+        if {f"{folder}/{STATE_FILE}", f"{folder}/{POSITION_FILE}", f"{folder}/{CHECKPOINT_MANIFEST}"} <= names
     )
 
 

@@ -1,23 +1,24 @@
 """What a checkpoint holds, how it is written, and which one a run goes on from.
 
-A checkpoint is a folder: `state.pt` (model, optimiser, loss scale, random states) and `position.json` by rank 0, and
-`progress-RANK.npz` by every rank: the cases it trained on in the epoch under way. Ray Train stores the folder and then
-tells the controller, which only then names it in RUN_DIR/latest.json, in one step. Data and model both go on from
-what latest.json names, so they cannot disagree, and a crash at any instant leaves the last whole checkpoint named.
+A checkpoint is a folder. Rank 0 writes `state.pt` (model, optimiser, loss scale, random states) and `position.json`;
+every rank writes `progress-RANK.npz`, the cases it trained on in the epoch under way. Each rank reports the sizes and
+checksums of its files. Ray Train stores the files, and then the controller writes them all into `manifest.json`, and
+names the checkpoint in RUN_DIR/latest.json. So a crash at any instant leaves the last whole checkpoint named, and a
+checkpoint without a manifest is one that was not finished.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import logging
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import google_crc32c
 import numpy as np
 import torch
 
@@ -33,23 +34,31 @@ LATEST_FILE = "latest.json"
 STATE_FILE = "state.pt"
 POSITION_FILE = "position.json"
 PROGRESS_PREFIX = "progress-"
+CHECKPOINT_MANIFEST = "manifest.json"
 FOLDER_PREFIX = "checkpoint_"  # of the folders that Ray Train makes
+
+Files: TypeAlias = dict[str, tuple[int, int]]
+"""By file of a checkpoint: its size in bytes, and its CRC-32C as an unsigned number."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
     """Where a run stands.
 
+    A run is either in the midst of an epoch, or between two, or it has trained an epoch that is yet to be scored.
+
     Attributes:
         step: optimiser steps taken so far, on each rank.
         before: what was trained on already in the epoch to train next.
         checkpoint: the name of the checkpoint in the run's folder; None at the very start.
-        instead_of: what is wrong with the checkpoint that is named; None where the run goes on from the named one.
+        unscored: the row of the epoch before, which is trained and still to be scored; None where nothing is.
+        instead_of: why the run does not go on from the checkpoint that latest.json names; None where it does.
     """
 
     step: int
     before: EpochPart
     checkpoint: str | None = None
+    unscored: dict[str, Any] | None = None
     instead_of: str | None = None
 
     @property
@@ -57,17 +66,20 @@ class Position:
         """The epoch to train next, or to go on with."""
         return self.before.epoch
 
-    def skip_finished(self, train_cases: int, multiple: int) -> Position:
-        """The same, or the start of the next epoch where what is left of this one makes no step.
+    @property
+    def phase(self) -> str:
+        """`score` where the epoch before is trained and still to be scored, else `train`."""
+        return "train" if self.unscored is None else "score"
+
+    def first_read(self, train_cases: int, multiple: int) -> int:
+        """The first epoch whose data are read: the one after `epoch` where what is left of that makes no step.
 
         Args:
             train_cases: cases of an epoch, quarantined ones not counted.
             multiple: cases of one step over all ranks.
         """
-        if len(self.before.indices) and train_cases - len(self.before.indices) < multiple:
-            following = EpochPart(self.epoch + 1, np.zeros(0, dtype=np.int64))
-            return dataclasses.replace(self, before=following)
-        return self
+        trained = len(self.before.indices)
+        return self.epoch + 1 if trained and train_cases - trained < multiple else self.epoch
 
 
 START = Position(0, EpochPart(0, np.zeros(0, dtype=np.int64)))
@@ -84,32 +96,77 @@ def write(
     optimizer: torch.optim.Optimizer,
     recipe_json: str,
     scaler: torch.amp.GradScaler | None = None,
-) -> None:
-    """Write this rank's share of a checkpoint."""
+    unscored: Mapping[str, Any] | None = None,
+) -> Files:
+    """Write this rank's share of a checkpoint.
+
+    Args:
+        folder: to write it to; it exists.
+        rank: of this process.
+        ranks: how many there are.
+        part: what this rank trained on in the epoch under way.
+        step: optimiser steps taken so far.
+        network: its weights are kept, by rank 0.
+        optimizer: its state is kept, by rank 0.
+        recipe_json: the run's recipe.
+        scaler: its loss scale is kept; None where there is none.
+        unscored: see `Position`.
+
+    Returns:
+        The files it wrote.
+    """
     (folder / f"{PROGRESS_PREFIX}{rank:05d}.npz").write_bytes(part.to_bytes())
-    if rank != 0:
-        return
-    state = {
-        "model": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else {},
-        "torch_random": torch.get_rng_state(),
-        "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "recipe": recipe_json,
-    }
-    torch.save(state, folder / STATE_FILE)
-    (folder / POSITION_FILE).write_text(json.dumps({"epoch": part.epoch, "step": step, "ranks": ranks}))
+    if rank == 0:
+        state = {
+            "model": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "torch_random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "recipe": recipe_json,
+        }
+        torch.save(state, folder / STATE_FILE)
+        position = {
+            "epoch": part.epoch,
+            "step": step,
+            "ranks": ranks,
+            "phase": "train" if unscored is None else "score",
+        }
+        (folder / POSITION_FILE).write_text(to_json(position | ({} if unscored is None else {"unscored": unscored})))
+    mine = [folder / f"{PROGRESS_PREFIX}{rank:05d}.npz"] + [folder / STATE_FILE, folder / POSITION_FILE] * (rank == 0)
+    return {file.name: (file.stat().st_size, _crc32c(file)) for file in mine}
 
 
-def name_latest(run_dir: str, checkpoint: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+def _crc32c(file: Path) -> int:
+    found = 0
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            found = google_crc32c.extend(found, block)
+    return found
+
+
+def seal(run_dir: str, checkpoint: str, files: Mapping[str, Sequence[int]]) -> None:
+    """Write a checkpoint's manifest, after all of its files: only then does the checkpoint count.
+
+    Args:
+        run_dir: the run's folder or gs:// place.
+        checkpoint: the name of its folder there.
+        files: of all ranks, as `write` returned them.
+    """
+    sizes = {name: {"size": size, "crc32c": crc32c} for name, (size, crc32c) in sorted(files.items())}
+    open_store(run_dir).put(f"{checkpoint}/{CHECKPOINT_MANIFEST}", to_json({"files": sizes}).encode())
+
+
+def name_latest(run_dir: str, checkpoint: str, rows: Sequence[Mapping[str, Any]] = (), *, scored: bool = False) -> None:
     """Make `checkpoint` the one to go on from, and keep rows that metrics.json does not hold yet, in one write.
 
     Args:
         run_dir: the run's folder or gs:// place.
         checkpoint: the name of its folder there.
         rows: of epochs that are done; see `metrics.read_metrics`.
+        scored: whether the epoch that the checkpoint left unscored is scored by now.
     """
-    named = {"checkpoint": checkpoint} | ({"rows": list(rows)} if rows else {})
+    named = {"checkpoint": checkpoint} | ({"rows": list(rows)} if rows else {}) | ({"scored": True} if scored else {})
     open_store(run_dir).put(LATEST_FILE, to_json(named).encode())
 
 
@@ -117,64 +174,83 @@ def read_position(run_dir: str) -> Position:
     """Where the run stands, by its last named checkpoint; its start where there is none.
 
     If the named checkpoint is not whole, or none is named, this is the newest whole checkpoint in the folder, and
-    `Position.instead_of` says so.
+    `Position.instead_of` says so. A run that ended before its first checkpoint was finished stands at its start.
 
     Raises:
-        ConfigError: the named checkpoint is not whole, and no other one is.
+        ConfigError: the named checkpoint is not whole, or none is named beside finished ones, and no other is whole.
     """
     store = open_store(run_dir)
-    name = _latest(store)
+    named = _named(store)
+    name: str | None = named.get("checkpoint")
     found = None if name is None else _position_of(store, name)
     if isinstance(found, Position):
-        return found
-    other = _newest_whole(store, name)
-    if other is not None:
-        reason = found or f"expected {store.uri_of(LATEST_FILE)}, found none"
-        logger.warning("%s; going on from %s, the newest whole checkpoint there", reason, other.checkpoint)
-        return dataclasses.replace(other, instead_of=reason)
-    if found is None:
-        return START
+        return dataclasses.replace(found, unscored=None) if named.get("scored") else found
+    others = {entry.name.partition("/")[0] for entry in store.list(FOLDER_PREFIX) if "/" in entry.name} - {name}
+    positions = [_position_of(store, other) for other in sorted(others)]
+    whole = [position for position in positions if isinstance(position, Position)]
+    reason = found or f"expected {store.uri_of(LATEST_FILE)}, found none"
+    if whole:
+        newest = max(whole, key=lambda each: each.step)
+        logger.warning("%s; going on from %s, the newest whole checkpoint there", reason, newest.checkpoint)
+        return dataclasses.replace(newest, instead_of=reason)
+    if found is None and not any(_is_finished(store, other) for other in others):
+        begun = f"{reason}, and no finished checkpoint among {', '.join(sorted(others))}: starting at the start"
+        return dataclasses.replace(START, instead_of=begun) if others else START
+    damaged = "".join(f"; {words}" for words in positions if isinstance(words, str))
     raise ConfigError(
-        f"{found}, and no other whole checkpoint beside it; put back a copy of its files, or begin a new run in "
-        "another --run-dir"
+        f"{reason}, and no other whole checkpoint beside it{damaged}; put back a copy of its files, or begin a new run "
+        "in another --run-dir"
     )
+
+
+def _is_finished(store: Store, name: str) -> bool:
+    return any(entry.name == f"{name}/{CHECKPOINT_MANIFEST}" for entry in store.list(f"{name}/"))
 
 
 def _position_of(store: Store, name: str) -> Position | str:
     """The position that a checkpoint holds; in words what is wrong with one that is not whole."""
     place = store.uri_of(name)
-    files = {entry.name.rpartition("/")[2]: entry for entry in store.list(f"{name}/")}
-    parts = [meta for file, meta in sorted(files.items()) if file.startswith(PROGRESS_PREFIX)]
-    if POSITION_FILE not in files or STATE_FILE not in files or not parts:
-        return (
-            f"expected {STATE_FILE}, {POSITION_FILE} and {PROGRESS_PREFIX}*.npz in {place}, found "
-            f"{sorted(files) or 'nothing'}"
-        )
+    there = {entry.name.rpartition("/")[2]: entry for entry in store.list(f"{name}/")}
+    if CHECKPOINT_MANIFEST not in there:
+        return f"expected {CHECKPOINT_MANIFEST} in {place}, found {', '.join(sorted(there)) or 'nothing'}"
     try:
-        position: dict[str, int] = json.loads(store.fetch([files[POSITION_FILE]])[0])
-        step, ranks = int(position["step"]), int(position.get("ranks", len(parts)))
+        listed = of_json(store.fetch([there[CHECKPOINT_MANIFEST]])[0])["files"]
+        wanted: Files = {file: (int(about["size"]), int(about["crc32c"])) for file, about in listed.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"expected a step and a number of ranks in {place}/{POSITION_FILE}, found something else ({error})"
+        return f"expected sizes and checksums in {place}/{CHECKPOINT_MANIFEST}, found something else ({error})"
+    if not {STATE_FILE, POSITION_FILE} <= wanted.keys():
+        return f"expected {STATE_FILE} and {POSITION_FILE} in {place}/{CHECKPOINT_MANIFEST}, found {sorted(wanted)}"
+    parts = sorted(file for file in wanted if file.startswith(PROGRESS_PREFIX))
+    missing = sorted(wanted.keys() - there.keys())
+    if missing:
+        return f"expected {', '.join(missing)} in {place}, found {', '.join(sorted(there))}"
+    bodies: dict[str, bytes] = {}
+    for file, (size, crc32c) in wanted.items():
+        entry = there[file]
+        if entry.size_bytes != size:
+            return f"expected {size} bytes in {place}/{file}, found {entry.size_bytes}"
+        if file != STATE_FILE or entry.crc32c is None:  # a bucket's listing says what the checksum is
+            bodies[file] = store.fetch([entry])[0]
+        found = google_crc32c.value(bodies[file]) if file in bodies else entry.crc32c
+        if found != crc32c:
+            return f"expected the checksum {crc32c} of {place}/{file}, found {found}: it is damaged"
+    return _read(name, place, bodies[POSITION_FILE], [bodies[file] for file in parts])
+
+
+def _read(name: str, place: str, data: bytes, parts: Sequence[bytes]) -> Position | str:
+    try:
+        position = of_json(data)
+        step, ranks = int(position["step"]), int(position["ranks"])
+        unscored: dict[str, Any] | None = position["unscored"] if position["phase"] == "score" else None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"expected a step, a phase and a number of ranks in {place}/{POSITION_FILE}, found others ({error})"
     if len(parts) != ranks:
         return f"expected the {PROGRESS_PREFIX}*.npz of {ranks} ranks in {place}, found {len(parts)}"
     try:
-        before = join(EpochPart.from_bytes(data) for data in store.fetch(parts))
+        before = join(EpochPart.from_bytes(part) for part in parts)
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         return f"expected what the ranks trained on in {place}/{PROGRESS_PREFIX}*.npz, found damage ({error})"
-    return Position(step, before, name)
-
-
-def _newest_whole(store: Store, named: str | None) -> Position | None:
-    """The position of the checkpoint that took the most steps, of those that are whole; None where none is."""
-    names = {entry.name.partition("/")[0] for entry in store.list(FOLDER_PREFIX) if "/" in entry.name}
-    found = [_position_of(store, name) for name in sorted(names - {named})]
-    whole = [position for position in found if isinstance(position, Position) and position.checkpoint is not None]
-    for position in sorted(whole, key=lambda each: each.step, reverse=True):
-        data = store.fetch([_entry(store, f"{position.checkpoint}/{STATE_FILE}")])[0]
-        # torch writes a ZIP archive, whose directory stands at its end: one that was cut off in writing has none.
-        if zipfile.is_zipfile(io.BytesIO(data)):
-            return position
-    return None
+    return Position(step, before, name, unscored)
 
 
 def load_state(run_dir: str, checkpoint: str) -> dict[str, Any]:
@@ -185,8 +261,31 @@ def load_state(run_dir: str, checkpoint: str) -> dict[str, Any]:
     """
     store = open_store(run_dir)
     data = store.fetch([_entry(store, f"{checkpoint}/{STATE_FILE}")])[0]
+    check_archive(data, store.uri_of(f"{checkpoint}/{STATE_FILE}"))
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
+
+
+def check_archive(data: bytes, place: str) -> None:
+    """Hold a `state.pt` to the checksums in it: torch writes a ZIP archive, and reads it without a look at them.
+
+    Args:
+        data: of the file.
+        place: of the file, for the message.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, KeyError) as error:
+        damaged = str(error)
+    if damaged is not None:
+        raise ConfigError(
+            f"{place}: expected the weights as torch saved them, found damage ({damaged}); put back a copy of it, or "
+            "choose another checkpoint"
+        )
 
 
 def unwritten_rows(run_dir: str) -> list[dict[str, Any]]:
@@ -197,11 +296,6 @@ def unwritten_rows(run_dir: str) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = _named(open_store(run_dir)).get("rows", [])
     return rows
-
-
-def _latest(store: Store) -> str | None:
-    name: str | None = _named(store).get("checkpoint")
-    return name
 
 
 def _named(store: Store) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Whether a run is to stop, and why it is not to start again: known to one small actor, which imports no torch."""
+"""Whether a run is to stop, what its ranks read, and why it is not to start again: known to one actor without torch."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -10,12 +10,31 @@ from ingest.errors import IngestError, UnreachableError
 from ingest.unwrap import own_error
 
 
+class Plan(NamedTuple):
+    """What the data of a start were planned from: the ranks must go by the same.
+
+    Attributes:
+        checkpoint: that the start goes on from; None at the run's start.
+        first_read: the first epoch whose data are read. Which one it is depends on the quarantine of that instant.
+    """
+
+    checkpoint: str | None
+    first_read: int
+
+
 class _Flag:
-    """Whether the run is to stop, and why it is not to start again; one actor a run, on no CPU."""
+    """Whether the run is to stop, what it reads, and why it is not to start again; one actor a run, on no CPU."""
 
     def __init__(self) -> None:
         self._stop = False
         self._reason: IngestError | None = None
+        self._plan: Plan | None = None
+
+    def note_plan(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def plan(self) -> Plan | None:
+        return self._plan
 
     def give_up(self, reason: IngestError) -> None:
         self._reason = self._reason or reason
@@ -49,3 +68,15 @@ def given_up(flag: Any | None) -> IngestError | None:
     """The first error that was noted by `give_up`."""
     reason: IngestError | None = None if flag is None else ray.get(flag.reason.remote())
     return reason
+
+
+def note_plan(flag: Any | None, plan: Plan) -> None:
+    """Keep what a start's data are planned from."""
+    if flag is not None:
+        ray.get(flag.note_plan.remote(plan))
+
+
+def noted_plan(flag: Any | None) -> Plan | None:
+    """What the data of this start were planned from; None where that is not known."""
+    plan: Plan | None = None if flag is None else ray.get(flag.plan.remote())
+    return plan

@@ -174,10 +174,10 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             position = read_position(run_dir)
             if position.instead_of is not None:
                 console.print(position.instead_of, markup=False)
-            console.print(
-                f"going on from {position.checkpoint or 'the start'}: epoch {position.epoch + 1}, "
-                f"step {position.step}, {len(position.before.indices)} cases of the epoch done"
-            )
+            at = f"epoch {position.epoch + 1}, step {position.step}, {len(position.before.indices)} cases of it done"
+            if position.unscored is not None:
+                at = f"step {position.step}, epoch {position.epoch} is trained and is scored now"
+            console.print(f"going on from {position.checkpoint or 'the start'}: {at}")
 
         def ask() -> None:
             console.print("asked to stop: saving after this step; a second signal ends at once")

@@ -30,17 +30,17 @@ from .batches import Batch, step_batches
 from .best import reached
 from .config import Recipe
 from .finite import stop_run
-from .flag import give_up
+from .flag import Plan, give_up, noted_plan
 from .holdout import HELD_OUT, Holdout
 from .ledger import Ledger, attempt_name
-from .metrics import read_metrics
+from .metrics import merge_ranks, read_metrics
 from .monitor import Monitor
 from .optimizer import learning_rate_at
 from .pulse import Pulses
 from .step import TrainStep, memory_format
 from .stop import StopWatch
 from .unet3d import UNet3D
-from .validate import evaluate, gather, save_scores
+from .validate import evaluate, from_rank_0, gather, save_scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,11 +92,44 @@ class LoopJob:
         """
         return (self.train_cases - trained) // step_cases
 
-    def position(self) -> checkpoint.Position:
-        """Where the run stands: in an epoch of which at least a step is left, or at the start of one."""
+    def planned(self) -> tuple[checkpoint.Position, Plan]:
+        """Where the run stands, and what a start that goes on from there reads first, by the quarantine of now."""
         found = checkpoint.read_position(self.run_dir)
         left = self.train_cases - len(self.bad_cases(found.before.indices))
-        return found.skip_finished(left, self.recipe.trainer.least_step_cases)
+        return found, Plan(found.checkpoint, found.first_read(left, self.recipe.trainer.least_step_cases))
+
+    def begin(self) -> Begin:
+        """What the ranks of a start go by; rank 0 asks for it, and tells the others.
+
+        Raises:
+            RuntimeError: the data of this start were planned from another checkpoint.
+        """
+        position, plan = self.planned()
+        noted = noted_plan(self.stop_flag) or plan
+        if noted.checkpoint != position.checkpoint:
+            raise RuntimeError(
+                f"expected to go on from {noted.checkpoint or 'the start'}, which the data were planned from, found "
+                f"that the run stands at {position.checkpoint or 'the start'}: another process writes to "
+                f"{self.run_dir}, or a checkpoint was damaged just now; go on with --trainer.resume"
+            )
+        threshold = self.recipe.trainer.quality_threshold
+        done = threshold is not None and reached(read_metrics(self.run_dir), threshold, position.epoch) is not None
+        return Begin(position, noted.first_read, done)
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """What all ranks of a start go by.
+
+    Attributes:
+        position: where the run stands.
+        first_read: the first epoch whose data are read; see `Position.first_read`.
+        done: whether the run has reached its quality threshold already.
+    """
+
+    position: checkpoint.Position
+    first_read: int
+    done: bool
 
 
 def bad_on_all(by_rank: Sequence[Indices]) -> int:
@@ -147,64 +180,78 @@ class RankLoop:
         self.network.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
         self.take_step = TrainStep(self.network, ray.train.torch.prepare_model(self.network), self.recipe, self.device)
         self.step_cases = trainer.step_batch * self.world_size
-        self.position = job.position()
-        if self.position.checkpoint is not None:
-            state = checkpoint.load_state(job.run_dir, self.position.checkpoint)
+        self.start = from_rank_0(job.begin)
+        position = self.start.position
+        self.checkpoint = position.checkpoint  # that the weights are of; None once this start has written its own
+        if position.checkpoint is not None:
+            state = checkpoint.load_state(job.run_dir, position.checkpoint)
             self.network.load_state_dict(state["model"])
             self.take_step.load_state_dict(state)
             torch.set_rng_state(state["torch_random"].cpu())
             if self.device.type == "cuda" and state["cuda_random"] is not None:
                 torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
-        self.step = self.position.step
+        self.step = position.step
         self.epochs = EpochBatches(
             ray.train.get_dataset_shard,
             self.batches,
-            executions=job.executions(self.position.epoch),
+            executions=job.executions(self.start.first_read),
             ahead=trainer.prefetch_batches,
         )
-        start = gather(attempt_name())[0]
+        attempt = from_rank_0(attempt_name)
         self.ledger = Ledger(
             trainer.ledger,
-            attempt=start,
+            attempt=attempt,
             rank=self.rank,
             world_size=self.world_size,
             batch_size=trainer.step_batch,
             step=self.step,
-            checkpoint=self.position.checkpoint,
+            checkpoint=position.checkpoint,
         )
         self.stop_watch = StopWatch(job.stop_flag, self.device)
         self.pulses = Pulses(job.monitor, self.rank, self.world_size)
         if self.rank == 0 and job.monitor is not None:
-            if self.position.instead_of is not None:
-                job.monitor.tell("event", "fault", self.position.instead_of)
-            job.monitor.tell("begin", start, self.world_size, self.position.epoch, self.step, self.position.checkpoint)
+            if position.instead_of is not None:
+                job.monitor.tell("event", "fault", position.instead_of)
+            job.monitor.tell("begin", attempt, self.world_size, position.epoch, self.step, position.checkpoint)
 
     def run(self) -> None:
-        """Train every epoch that is left."""
-        threshold = self.recipe.trainer.quality_threshold
-        if threshold is not None and reached(read_metrics(self.job.run_dir), threshold, self.position.epoch):
+        """Score the epoch that is still to be scored, if one is, and train every epoch that is left."""
+        if self.start.done:
             return
-        self.epochs.begin(self.position.epoch)
-        before: EpochPart | None = self.position.before
-        for epoch in range(self.position.epoch, self.recipe.trainer.epochs):
-            finished = self.epoch(epoch, before)
-            before = None
-            if not finished:
+        position = self.start.position
+        before: EpochPart | None = position.before
+        epochs = range(position.epoch, self.recipe.trainer.epochs)
+        self.start = dataclasses.replace(self.start, position=checkpoint.START)  # eight bytes a case, not needed again
+        if position.unscored is not None:
+            if not self.score(position.unscored):
                 return
+        elif self.start.first_read == position.epoch:
+            self.epochs.begin(position.epoch)
+        for epoch in epochs:
+            if not self.epoch(epoch, before):
+                return
+            before = None
 
     def epoch(self, epoch: int, before: EpochPart | None) -> bool:
-        """Train one epoch, or what is left of it, and report its row; False when to stop after it, or in its midst."""
+        """Train one epoch, or what is left of it, score it where it is due, and report its row.
+
+        Returns:
+            Whether to go on with the next epoch.
+        """
         trainer = self.recipe.trainer
         recorder = EpochRecorder(epoch, self.job.total_cases, before, keeps_before=self.rank == 0)
         done = len(before.indices) // self.step_cases if before is not None else 0
         steps_per_epoch = max(1, self.job.train_cases // self.step_cases)
         left = self.job.steps_left(len(before.indices) if before is not None else 0, self.step_cases)
         self.network.train()
-        samples = rate = 0.0
+        samples, stop = 0, False
+        rate = learning_rate_at(self.recipe.optimizer, epoch, max(0, done - 1), steps_per_epoch)
         meter = StallMeter(time.perf_counter)
         self.pulses.begin(epoch, meter, steps_per_epoch, functools.partial(self.epochs.shard, epoch))
         evaluates = trainer.evaluates(epoch)
-        for batch, found in meter.steps(self.epochs.of(epoch, left, ahead=not evaluates)):
+        # A checkpoint may leave nothing of its epoch but the row and the scores.
+        batches = self.epochs.of(epoch, left, ahead=not evaluates) if epoch >= self.start.first_read else iter(())
+        for taken, (batch, found) in enumerate(meter.steps(batches), 1):
             check_epoch(found, epoch)
             rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
             image, label = (batch[name].to(self.device, non_blocking=True) for name in ("image", "label"))
@@ -228,9 +275,11 @@ class RankLoop:
             self.ledger.append(epoch=epoch, step=self.step, indices=indices)
             self.pulses.step(step=self.step, done=done, loss=result.loss, learning_rate=rate, samples=len(indices))
             every = trainer.checkpoint_every_steps
+            if stop and taken == left:
+                break  # the epoch is trained: its row is kept, and only the scores are left
             if stop or (every is not None and done % every == 0 and done < steps_per_epoch):
                 with meter.aside():
-                    self.save_and_report(recorder.part(), None)
+                    self.save_and_report(recorder.part())
             if stop:
                 return False
         barrier()  # an epoch's time ends when the last rank is done, as the AU formula has it
@@ -247,13 +296,12 @@ class RankLoop:
         # What every rank says, since each knows of its own part, and the next epoch may be finding more by now.
         quarantined = bad_on_all(gather(self.job.bad_cases(part.indices)))
         tail = remainder(self.job.train_cases, trained, quarantined, self.step_cases, epoch)
-        waits = self.pulses.end(timing)
-        row: dict[str, Any] = {
+        mine: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
             "train_loss": loss_sum / trained,
             "learning_rate": rate,
-            "samples": int(samples),
+            "samples": samples,
             "samples_per_s": timing.samples_per_s,
             "first_batch_s": timing.first_batch_s,
             "stall_share": timing.stall_share,
@@ -262,11 +310,28 @@ class RankLoop:
             "trained": trained,
             "quarantined": quarantined,
             "tail": tail,
-            **waits,
+            **self.pulses.end(timing),
         }
         if self.take_step.loss_scale is not None:
-            row["loss_scale"] = self.take_step.loss_scale
+            mine["loss_scale"] = self.take_step.loss_scale
+        row = merge_ranks(gather(mine))
+        nothing = EpochPart(epoch + 1, np.zeros(0, dtype=np.int64))
         if evaluates:
+            self.save_and_report(nothing, unscored=row)
+            return not stop and self.score(row)
+        if not stop:
+            self.epochs.begin(epoch + 1)
+        self.save_and_report(nothing, row)
+        return not stop
+
+    def score(self, row: dict[str, Any]) -> bool:
+        """Score an epoch that is trained and whose checkpoint is written, and report its row.
+
+        Returns:
+            Whether to go on with the next epoch: False where the run is to stop, or reached its quality threshold.
+        """
+        trainer, epoch = self.recipe.trainer, int(row["epoch"])
+        if trainer.evaluates(epoch):  # a resumed run may score no more
             before_s = time.perf_counter()
             scores = evaluate(
                 self.network,
@@ -274,27 +339,38 @@ class RankLoop:
                 self.recipe.window,
                 ray.train.get_dataset_shard(HELD_OUT),
                 self.device,
+                lambda: self.stop_watch.asked,
             )
+            if scores is None:
+                return False
             if self.rank == 0:
                 save_scores(self.job.run_dir, epoch, scores)
-            row |= {"mean_dice": scores.mean_dice, "dice_by_class": scores.by_class, "scored": scores.cases}
+            row = row | {"mean_dice": scores.mean_dice, "dice_by_class": scores.by_class, "scored": scores.cases}
             row["mean_dice_present"] = scores.mean_dice_present
             row["evaluate_s"] = time.perf_counter() - before_s
         goes_on = reached([row], trainer.quality_threshold, epoch + 1) is None
         if goes_on:
             self.epochs.begin(epoch + 1)
-        self.save_and_report(EpochPart(epoch + 1, np.zeros(0, dtype=np.int64)), row)
+        ray.train.report(self.about(row, {}))
         return goes_on
 
     def batches(self, shard: DataIterator) -> Iterator[tuple[Batch, list[int]]]:
         """This rank's batches of one execution, a step's each, and the epochs of each."""
         return step_batches(shard, self.recipe.trainer.step_batch, pin_memory=self.device.type == "cuda")
 
-    def save_and_report(self, part: EpochPart, row: dict[str, Any] | None) -> None:
-        """Write a checkpoint and report it, with the epoch's row where it is done; every rank waits for the others."""
+    def save_and_report(
+        self, part: EpochPart, row: dict[str, Any] | None = None, *, unscored: dict[str, Any] | None = None
+    ) -> None:
+        """Write a checkpoint and report it; every rank waits for the others.
+
+        Args:
+            part: what this rank trained on in the epoch under way.
+            row: of an epoch that is done with it.
+            unscored: of an epoch that is trained and still to be scored.
+        """
         self.ledger.sync()
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint.write(
+            files = checkpoint.write(
                 Path(folder),
                 rank=self.rank,
                 ranks=self.world_size,
@@ -304,9 +380,15 @@ class RankLoop:
                 optimizer=self.take_step.optimizer,
                 recipe_json=self.recipe.to_json(),
                 scaler=self.take_step.scaler,
+                unscored=unscored,
             )
             saved = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"row": row, "step": self.step}, checkpoint=saved)
+            self.checkpoint = None
+            ray.train.report(self.about(row, files), checkpoint=saved)
+
+    def about(self, row: dict[str, Any] | None, files: checkpoint.Files) -> dict[str, Any]:
+        """What a rank reports to `MetricsWriter`: its files, or the checkpoint that a row without files belongs to."""
+        return {"row": row, "files": files, "checkpoint": self.checkpoint, "ranks": self.world_size, "step": self.step}
 
     def close(self) -> None:
         """Let go of what is read, tell the last steps, close the ledger and end the asking for the stop flag."""

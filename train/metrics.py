@@ -15,7 +15,7 @@ from ingest.stores import open_store
 from ingest.unwrap import own_error
 
 from .best import is_best, keep_best
-from .checkpoint import name_latest, unwritten_rows
+from .checkpoint import Files, name_latest, seal, unwritten_rows
 from .monitor import Monitor
 from .plain_json import is_figure, of_json, to_json
 from .waits import CAUSES, add_up
@@ -33,7 +33,7 @@ def merge_ranks(rows: Sequence[Row]) -> Row:
     merged = dict(rows[0])
     merged["samples"] = sum(row["samples"] for row in rows)
     merged["samples_per_s"] = sum(row["samples_per_s"] for row in rows)
-    merged["first_batch_s"] = max(row["first_batch_s"] for row in rows)
+    merged["first_batch_s"] = max((s for row in rows if (s := row["first_batch_s"]) is not None), default=None)
     merged["stall_share"] = sum(row["stall_share"] for row in rows) / len(rows)
     known = [row["au"] for row in rows if row["au"] is not None]
     merged["au"] = sum(known) / len(known) if known else None
@@ -65,41 +65,66 @@ class MetricsWriter(UserCallback):
         self._monitor = monitor
         self._listing_s = listing_s
         self._unwritten: list[Row] = []
+        self._checkpoint: str | None = None
 
     def after_report(
         self,
         run_context: Any,  # noqa: ARG002  the signature is Ray's
-        metrics: list[Row],
+        metrics: list[dict[str, Any]],
         checkpoint: Checkpoint | None,
     ) -> None:
-        """Name the checkpoint with the epoch's row, then write metrics.json, then keep the best checkpoint.
+        """Finish and name the checkpoint with the epoch's row, then write metrics.json, then keep the best checkpoint.
 
         Ray has registered the new checkpoint and deleted the oldest by now, and an exception from here ends the run for
         good. So the checkpoint is named first. What fails after that is told of, and loses nothing: latest.json holds
         the row until metrics.json does, and the best checkpoint is kept anew with the next one that is better.
+
+        An epoch that is scored is reported twice: its checkpoint first, then its row, with the scores. The checkpoint
+        is said to be scored when all else is done, so that a crash before that scores the epoch again.
         """
-        name = None if checkpoint is None else PurePosixPath(checkpoint.path).name
-        finished = [report["row"] for report in metrics if report["row"] is not None]
-        row = self._row(finished) if finished else None
+        if checkpoint is not None:
+            name = PurePosixPath(checkpoint.path).name
+            if not self._seal(name, metrics):
+                return
+            self._checkpoint = name
+        name = metrics[0]["checkpoint"] or self._checkpoint or ""
+        reported = next((report["row"] for report in metrics if report["row"] is not None), None)
+        row = None if reported is None else self._row(reported)
         written, rows = self._rows()
         rows = rows if row is None else upsert(rows, row)
         self._unwritten = [each for each in rows if written is None or each not in written]
-        if name is not None:
+        if checkpoint is not None:
             name_latest(self._run_dir, name, self._unwritten)
         if self._unwritten and written is not None:
             with self._told_of("metrics.json"):
                 open_store(self._run_dir).put(METRICS_FILE, to_json(rows).encode())
+                self._unwritten = []
         if row is None:
             return
         if self._monitor is not None:
             self._monitor.tell("epoch_done", row)
-        if name is not None and is_best(rows, row):
+        if is_best(rows, row):
             with self._told_of("the best checkpoint"):
                 keep_best(self._run_dir, name, row)
+        if checkpoint is None:
+            name_latest(self._run_dir, name, self._unwritten, scored=True)
 
-    def _row(self, finished: Sequence[Row]) -> Row:
-        row = merge_ranks(finished)
-        row["stall_by_cause_s"]["listing"], self._listing_s = self._listing_s, 0.0
+    def _seal(self, name: str, metrics: list[dict[str, Any]]) -> bool:
+        """Finish a checkpoint; False where not every rank reported its part, as when a node goes away."""
+        ranks = metrics[0]["ranks"]
+        if len(metrics) != ranks:
+            words = f"expected {ranks} ranks' parts of {name}, found {len(metrics)}: this checkpoint does not count"
+            logger.warning(words)
+            if self._monitor is not None:
+                self._monitor.tell("event", "fault", words)
+            return False
+        files: Files = {file: about for report in metrics for file, about in report["files"].items()}
+        seal(self._run_dir, name, files)
+        return True
+
+    def _row(self, reported: Row) -> Row:
+        causes = reported["stall_by_cause_s"] | {"listing": self._listing_s}
+        row, self._listing_s = reported | {"stall_by_cause_s": causes}, 0.0
         row["mean_dice"] = row["mean_dice"] if is_figure(row["mean_dice"]) else None
         if self._monitor is not None:
             row["retries"] = self._monitor.ask("retries_of", row["epoch"]) or {}

@@ -16,7 +16,7 @@ from ingest.pipeline import training_dataset, warm_reader
 from ingest.plan import Indices, epochs_together
 
 from .ahead import TURNS
-from .flag import given_up
+from .flag import given_up, note_plan, noted_plan
 from .holdout import HELD_OUT
 
 if TYPE_CHECKING:
@@ -58,14 +58,20 @@ def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices, turn: int 
     # cut it here too would leave out up to a step twice.
     known = ranks_are_known(job.recipe)
     multiple = trainer.least_step_cases if known else 1
-    position = job.position()
-    executions = job.executions(position.epoch)
+    noted = noted_plan(job.stop_flag) if turn else None
+    consumed = None
+    if noted is None:
+        position, noted = job.planned()
+        note_plan(job.stop_flag, noted)
+        consumed = position.before.indices if noted.first_read == position.epoch else None
+    first = noted.first_read
+    executions = job.executions(first)
     return training_dataset(
         manifest,
         job.recipe.data,
         # Where none is left for it, a data set is made and never executed.
-        executions=executions[turn :: len(TURNS)] or [range(position.epoch, position.epoch + 1)],
-        consumed=position.before.indices if turn == 0 else None,
+        executions=executions[turn :: len(TURNS)] or [range(first, first + 1)],
+        consumed=consumed if turn == 0 else None,
         multiple=multiple,
         batch=trainer.step_batch,
         ranks=trainer.num_workers if known else 1,

@@ -35,6 +35,11 @@ class StopWatch:
             while not self._done.wait(POLL_S) and not self._asked:
                 self._asked = bool(ray.get(self._flag.is_set.remote()))  # type: ignore[union-attr]
 
+    @property
+    def asked(self) -> bool:
+        """Whether this rank knows that the run is to stop; the others may not yet."""
+        return self._asked
+
     def agreed(self, *, finite: bool = True) -> tuple[bool, bool]:
         """What all ranks agree on after a step, in one exchange: the same answers on every rank.
 

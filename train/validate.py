@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,27 @@ def gather(mine: T) -> list[T]:
     everyones: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyones, mine)
     return everyones
+
+
+def from_rank_0(read: Callable[[], T]) -> T:
+    """What rank 0 reads, on every rank; the others read nothing.
+
+    Raises:
+        Exception: whatever `read` raises on rank 0, on every rank.
+    """
+    if not torch.distributed.is_initialized():
+        return read()
+    answers: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answers = [(read(), None)]
+        except Exception as error:  # noqa: BLE001  it is raised below, on every rank
+            answers = [(None, error)]
+    torch.distributed.broadcast_object_list(answers, src=0)
+    found, failure = answers[0]
+    if failure is not None:
+        raise failure
+    return cast("T", found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +135,14 @@ def score_rows(
     window: SlidingWindowConfig,
     device: torch.device,
     quarantine: Quarantine | None = None,
-) -> list[CaseScore]:
+) -> Iterator[CaseScore]:
     """Score raw cases, one after the other."""
-    scored = []
     for raw in tables:
         for case in decode_rows(raw, data, quarantine):
             image, label = (torch.from_numpy(volume.copy()).to(device) for volume in (case.image, case.label))
             dice = score_case(network, image, label, window)
             present = [bool((label == number).any()) for number in range(1, len(dice) + 1)]
-            scored.append(CaseScore(case.index, case.case_id, [float(value) for value in dice], present))
-    return scored
+            yield CaseScore(case.index, case.case_id, [float(value) for value in dice], present)
 
 
 def merge(parts: Sequence[Sequence[CaseScore]], expected: int) -> Scores:
@@ -160,7 +179,8 @@ def evaluate(
     window: SlidingWindowConfig,
     shard: ray.data.DataIterator,
     device: torch.device,
-) -> Scores:
+    asked: Callable[[], bool] = lambda: False,
+) -> Scores | None:
     """Score every held-out case exactly once, over all ranks; each rank calls it.
 
     Args:
@@ -169,6 +189,10 @@ def evaluate(
         window: how a volume is covered.
         shard: this rank's part of `Holdout.dataset`.
         device: of the network.
+        asked: whether this rank is asked to stop, which may be known to some ranks before others.
+
+    Returns:
+        The scores; None on every rank if one of them was asked to stop after a case, the last one included.
 
     Raises:
         ConfigError: every held-out case is in quarantine.
@@ -177,8 +201,16 @@ def evaluate(
     network.eval()
     share_buffers(network)
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow")  # type: ignore[arg-type]  # None: as blocks lie
-    mine = score_rows(network, tables, holdout.data, window, device, holdout.quarantine)
-    parts = gather(mine)
+    mine: list[CaseScore] = []
+    stopped = False
+    for score in score_rows(network, tables, holdout.data, window, device, holdout.quarantine):
+        mine.append(score)
+        if stopped := asked():
+            break
+    everyones = gather((mine, stopped))
+    if any(stopped for _, stopped in everyones):
+        return None
+    parts = [part for part, _ in everyones]
     bad = []
     if holdout.quarantine is not None:
         held_out = set(holdout.indices.tolist())

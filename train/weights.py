@@ -6,6 +6,7 @@ import dataclasses
 import io
 import pickle
 import posixpath
+import zipfile
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ingest.errors import ConfigError
 from ingest.stores import ObjectMeta, Store, open_store
 
 from .best import BEST_FILE
-from .checkpoint import LATEST_FILE, STATE_FILE
+from .checkpoint import LATEST_FILE, STATE_FILE, check_archive
 from .config import Recipe, from_json
 from .plain_json import of_json
 from .step import memory_format
@@ -62,8 +63,11 @@ def load_trained(uri: str) -> Trained:
     """
     place, entry, store = find_state(uri.rstrip("/").removesuffix(f"/{STATE_FILE}"))
     name = store.uri_of(entry.name)
+    data = store.fetch([entry])[0]
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        check_archive(data, name)
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(store.fetch([entry])[0]), map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         weights, recipe = state["model"], from_json(state["recipe"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(

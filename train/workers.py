@@ -127,7 +127,7 @@ class Scorer(Worker):
 
     def __call__(self, raw: pa.Table) -> Iterator[pa.Table]:
         """Score one table of `fetch.RAW_SCHEMA`: `index`, `case_id`, and `dice` and `present`, lists by class."""
-        scored = score_rows(self.network, [raw], self.data, self.window, self.device)
+        scored = list(score_rows(self.network, [raw], self.data, self.window, self.device))
         columns = {name: [getattr(score, name) for score in scored] for name in ("index", "case_id", "dice", "present")}
         yield pa.table(columns)
 

@@ -284,7 +284,7 @@ class GCSStore(BaseStore):
         except AbsentError as error:
             self.list_page(name, limit=1)  # raises where the bucket is missing
             raise ObjectNotFoundError(
-                f"expected the object {self.uri_of(name)} to delete, found none; list anew to see what is there"
+                f"expected the object {self.uri_of(name)} to delete, found none; it is gone already"
             ) from error
 
     def _held(self, name: str) -> storage.Blob | None:

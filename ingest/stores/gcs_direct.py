@@ -326,8 +326,7 @@ class DirectReader:
         now = self._now(key)
         if now is None:
             return ObjectNotFoundError(
-                f"expected the listed object gs://{self.bucket}/{key}, found that it is gone; upload it again or list "
-                f"anew"
+                f"expected the listed object gs://{self.bucket}/{key}, found that it is gone; upload it again"
             )
         if now.size == meta.size_bytes and meta.generation in (None, now.generation):
             return PassingError("absent", f"a 404 for an object that the bucket lists ({detail})")
@@ -366,7 +365,7 @@ class DirectReader:
         listed = f"{meta.size_bytes:,} bytes, generation {meta.generation or 'unknown'}"
         return StaleManifestError(
             f"expected gs://{self.bucket}/{self.prefix}{meta.name} as listed ({listed}), found {found}; it was "
-            f"overwritten since: list anew"
+            "overwritten since"
         )
 
 

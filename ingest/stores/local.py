@@ -143,9 +143,7 @@ class LocalStore(BaseStore):
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             if not Path(self.root).is_dir():
                 raise _no_folder(self.root) from None
-            return ObjectNotFoundError(
-                f"expected the listed file {path}, found that it is gone; put it back or list anew"
-            )
+            return ObjectNotFoundError(f"expected the listed file {path}, found that it is gone; put it back")
         except PermissionError as error:
             raise _not_allowed(path, "read") from error
         except OSError as error:
@@ -153,7 +151,7 @@ class LocalStore(BaseStore):
         if changed or any(len(body) != stop - start for body, (start, stop) in zip(bodies, parts, strict=True)):
             return StaleManifestError(
                 f"expected {path} as listed ({meta.size_bytes:,} bytes, generation {meta.generation or 'unknown'}), "
-                f"found {status.st_size:,} bytes, generation {status.st_mtime_ns}; it was overwritten since: list anew"
+                f"found {status.st_size:,} bytes, generation {status.st_mtime_ns}; it was overwritten since"
             )
         return bodies
 
@@ -211,9 +209,7 @@ class LocalStore(BaseStore):
         except (FileNotFoundError, NotADirectoryError) as error:
             if not Path(self.root).is_dir():
                 raise _no_folder(self.root) from error
-            raise ObjectNotFoundError(
-                f"expected the file {path} to delete, found none; list anew to see what is there"
-            ) from error
+            raise ObjectNotFoundError(f"expected the file {path} to delete, found none; it is gone already") from error
         except PermissionError as error:
             raise _not_allowed(path, "delete") from error
         except OSError as error:

@@ -221,14 +221,17 @@ def test_the_best_checkpoint_is_kept_though_later_ones_replace_it(tmp_path):
     writer = MetricsWriter(str(tmp_path))
     row = {"samples": 1, "samples_per_s": 1.0, "first_batch_s": 0.1, "stall_share": 0.0, "au": None}
     row |= {"wall_s": 1.0, "stall_s": 0.0, "stall_by_cause_s": dict.fromkeys(CAUSES, 0.0)}
+    about = {"ranks": 1, "files": {}, "checkpoint": None}
+    bodies = []
     for epoch, dice in enumerate([0.3, None, 0.8, 0.8, 0.5]):
         folder = tmp_path / f"checkpoint_{epoch}"
         folder.mkdir()
-        (folder / checkpoint.STATE_FILE).write_text(f"weights of epoch {epoch}")
-        reported = {"row": row | {"epoch": epoch, "step": 10 * epoch, "mean_dice": dice}, "step": 10 * epoch}
+        torch.save({"epoch": epoch}, folder / checkpoint.STATE_FILE)
+        bodies.append((folder / checkpoint.STATE_FILE).read_bytes())
+        reported = about | {"row": row | {"epoch": epoch, "step": 10 * epoch, "mean_dice": dice}}
         writer.after_report(None, [reported], ray.train.Checkpoint(str(folder)))
         (folder / checkpoint.STATE_FILE).unlink()
-    assert (tmp_path / "best" / checkpoint.STATE_FILE).read_text() == "weights of epoch 2"
+    assert (tmp_path / "best" / checkpoint.STATE_FILE).read_bytes() == bodies[2]
     assert json.loads((tmp_path / BEST_FILE).read_text()) == {
         "checkpoint": "best", "epoch": 2, "step": 20, "mean_dice": 0.8
     }  # fmt: skip

@@ -169,6 +169,7 @@ def interrupted(head: Head, *command: str, typed: bytes | None) -> tuple[int, st
     return status, "".join(lines)
 
 
+@pytest.mark.crash  # not for crashes: it takes two minutes
 def test_a_job_goes_on_after_ctrl_c_without_a_terminal_and_y_at_one_stops_it_when_it_has_saved(head, tmp_path):
     make_cases(open_store(f"{tmp_path}/images/"), open_store(f"{tmp_path}/labels/"), 24, shape=(12, 12, 12))
     data = ["--data.images", f"{tmp_path}/images", "--data.labels", f"{tmp_path}/labels"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]  # not for crashes: they take two minutes
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from train.config import Recipe, TrainerConfig
 from train.holdout import load_held_out
 from train.lease import LEASE_FILE, Holder
 from train.page import page_of
-from train.weights import find_state
+from train.weights import find_state, load_trained
 
 NEEDED = [
     "recipe.json",
@@ -155,3 +155,14 @@ def test_a_best_of_an_earlier_version_without_a_score_gives_way_to_the_last_chec
     about = '{"checkpoint": "best", "epoch": 0, "step": 1, "mean_dice": NaN}'
     open_store(str(run_dir)).put("best.json", about.encode())
     assert find_state(str(run_dir))[0] == f"{run_dir}/checkpoint_2"
+
+
+@pytest.mark.parametrize("folder", ["best", "checkpoint_2"])
+def test_weights_with_four_flipped_bytes_are_refused_by_name(run_dir, folder):
+    file = Path(run_dir) / folder / "state.pt"
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4] = bytes(255 - value for value in data[middle : middle + 4])
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"{folder}/state\.pt: expected the weights .* found damage"):
+        load_trained(f"{run_dir}/{folder}")

@@ -25,23 +25,34 @@ def indices(*values: int) -> np.ndarray:
 
 
 def save(
-    run_dir: Path, name: str, *, epoch: int, step: int, parts: list[np.ndarray], ranks: int | None = None
+    run_dir: Path,
+    name: str,
+    *,
+    epoch: int,
+    step: int,
+    parts: list[np.ndarray],
+    sealed: bool = True,
+    unscored: dict | None = None,
 ) -> torch.nn.Module:
     network = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     folder = run_dir / name
     folder.mkdir(parents=True)
+    files: checkpoint.Files = {}
     for rank, mine in enumerate(parts):
-        checkpoint.write(
+        files |= checkpoint.write(
             folder,
             rank=rank,
-            ranks=ranks or len(parts),
+            ranks=len(parts),
             part=EpochPart(epoch, mine, 1.0, 1),
             step=step,
             network=network,
             optimizer=optimizer,
             recipe_json="{}",
+            unscored=unscored,
         )
+    if sealed:
+        checkpoint.seal(str(run_dir), name, files)
     return network
 
 
@@ -64,11 +75,14 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path):
     save(tmp_path, "checkpoint_a", epoch=1, step=5, parts=[indices(1)])
     checkpoint.name_latest(str(tmp_path), "checkpoint_a")
     (tmp_path / "checkpoint_a" / "state.pt").unlink()
-    with pytest.raises(ConfigError, match=r"expected state\.pt, position\.json and progress-\*\.npz"):
+    with pytest.raises(ConfigError, match=r"expected state\.pt in .*checkpoint_a, found manifest\.json"):
         checkpoint.read_position(str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["gone", "no state", "a rank's progress is missing", "position cut", "progress cut"])
+@pytest.mark.parametrize(
+    "damage",
+    ["gone", "no state", "a rank's progress is missing", "position cut", "progress cut", "four bytes", "not finished"],
+)
 def test_a_run_goes_on_from_the_newest_whole_checkpoint_if_the_named_one_is_not_and_says_so(tmp_path, damage):
     save(tmp_path, "checkpoint_a", epoch=0, step=3, parts=[indices(1), indices(2)])
     save(tmp_path, "checkpoint_b", epoch=1, step=5, parts=[indices(4), indices(5)])
@@ -81,6 +95,13 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_if_the_named_one_is_not_
         (named / "state.pt").unlink()
     elif damage == "a rank's progress is missing":
         (named / "progress-00001.npz").unlink()
+    elif damage == "not finished":
+        (named / "manifest.json").unlink()
+    elif damage == "four bytes":  # of the weights, of the same length
+        file = named / "state.pt"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2 : len(data) // 2 + 4] = bytes(255 - value for value in data[len(data) // 2 :][:4])
+        file.write_bytes(data)
     else:
         file = named / ("position.json" if damage == "position cut" else "progress-00000.npz")
         file.write_bytes(file.read_bytes()[:9])
@@ -99,6 +120,41 @@ def test_without_latest_json_a_run_goes_on_from_the_newest_whole_checkpoint_and_
     assert "latest.json, found none" in position.instead_of
 
 
+def test_a_run_that_was_killed_in_its_first_checkpoint_starts_at_the_start_and_says_so(tmp_path):
+    save(tmp_path, "checkpoint_a", epoch=0, step=3, parts=[indices(1)], sealed=False)
+    position = checkpoint.read_position(str(tmp_path))
+    assert (position.checkpoint, position.step, position.epoch) == (None, 0, 0)
+    assert "no finished checkpoint among checkpoint_a" in position.instead_of
+
+
+def test_finished_checkpoints_that_are_all_damaged_are_refused_by_name_though_none_is_named(tmp_path):
+    save(tmp_path, "checkpoint_a", epoch=0, step=3, parts=[indices(1)])
+    (tmp_path / "checkpoint_a" / "progress-00000.npz").unlink()
+    save(tmp_path, "checkpoint_b", epoch=0, step=6, parts=[indices(1)], sealed=False)
+    with pytest.raises(ConfigError, match=r"expected progress-00000\.npz in .*checkpoint_a.*manifest\.json in .*_b"):
+        checkpoint.read_position(str(tmp_path))
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", '{"files": {}}', '{"files": {"state.pt": {"size": 1}}}'])
+def test_a_damaged_manifest_of_a_checkpoint_is_named(tmp_path, manifest):
+    save(tmp_path, "checkpoint_a", epoch=0, step=3, parts=[indices(1)])
+    checkpoint.name_latest(str(tmp_path), "checkpoint_a")
+    (tmp_path / "checkpoint_a" / "manifest.json").write_text(manifest)
+    with pytest.raises(ConfigError, match=r"checkpoint_a/manifest\.json, found"):
+        checkpoint.read_position(str(tmp_path))
+
+
+def test_an_epoch_that_is_trained_and_not_scored_stays_so_until_it_is_said_to_be_scored(tmp_path):
+    row = {"epoch": 1, "train_loss": 0.5}
+    save(tmp_path, "checkpoint_a", epoch=2, step=5, parts=[indices()], unscored=row)
+    checkpoint.name_latest(str(tmp_path), "checkpoint_a")
+    position = checkpoint.read_position(str(tmp_path))
+    assert (position.phase, position.unscored, position.epoch) == ("score", row, 2)
+    checkpoint.name_latest(str(tmp_path), "checkpoint_a", scored=True)
+    position = checkpoint.read_position(str(tmp_path))
+    assert (position.phase, position.unscored, position.epoch) == ("train", None, 2)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"checkpoint": 3}', '{"checkpoint": "a", "rows": 1}'])
 def test_a_damaged_latest_json_is_named(tmp_path, text):
     save(tmp_path, "checkpoint_a", epoch=1, step=5, parts=[indices(1)])
@@ -113,12 +169,12 @@ def test_an_epoch_that_leaves_out_a_step_beyond_its_quarantine_is_an_error():
         remainder(cases=41, trained=36, quarantined=1, step_cases=4, epoch=0)
 
 
-def test_what_is_left_of_an_epoch_is_skipped_when_it_makes_no_step():
+def test_the_data_of_an_epoch_are_not_read_when_what_is_left_of_it_makes_no_step():
     near_end = Position(4, EpochPart(2, indices(*range(7))), "c")
-    assert near_end.skip_finished(train_cases=10, multiple=3) is near_end
-    skipped = near_end.skip_finished(train_cases=10, multiple=4)
-    assert (skipped.epoch, skipped.step, len(skipped.before.indices)) == (3, 4, 0)
-    assert START.skip_finished(train_cases=2, multiple=4) is START
+    assert near_end.first_read(train_cases=10, multiple=3) == 2
+    assert near_end.first_read(train_cases=10, multiple=4) == 3
+    assert near_end.epoch == 2  # its row and its scores are outstanding
+    assert START.first_read(train_cases=2, multiple=4) == 0
 
 
 def test_a_case_that_one_rank_trained_on_before_it_turned_bad_is_not_counted_as_quarantined():
@@ -144,11 +200,15 @@ def test_a_case_that_turned_bad_after_it_was_trained_on_does_not_count_as_left(t
         total_cases=10,
         quarantine=book,
     )
-    assert job.position().epoch == epoch  # seven of nine are trained on, and a step takes two
+    position, plan = job.planned()
+    assert position.epoch == 2
+    assert plan == ("checkpoint_a", epoch)  # seven of nine are trained on, and a step takes two
 
 
 def test_a_checkpoint_holds_nothing_that_runs_when_it_is_loaded(tmp_path):
     save(tmp_path, "checkpoint_a", epoch=0, step=1, parts=[indices(1)])
-    assert json.loads((tmp_path / "checkpoint_a" / "position.json").read_text()) == {"epoch": 0, "step": 1, "ranks": 1}
+    assert json.loads((tmp_path / "checkpoint_a" / "position.json").read_text()) == {
+        "epoch": 0, "step": 1, "ranks": 1, "phase": "train"
+    }  # fmt: skip
     torch.load(tmp_path / "checkpoint_a" / "state.pt", weights_only=True)
     np.load(tmp_path / "checkpoint_a" / "progress-00000.npz", allow_pickle=False).close()

@@ -69,7 +69,7 @@ def test_a_nan_never_wins_and_never_blocks_the_best():
 def test_an_epoch_whose_dice_is_nan_is_written_as_null_and_read_by_all(tmp_path):
     open_store(str(tmp_path)).put("recipe.json", Recipe().to_json().encode())
     odd = row(0, math.nan, dice_by_class=[math.nan, 0.5])
-    MetricsWriter(str(tmp_path)).after_report(None, [{"row": odd, "step": 1}], None)
+    MetricsWriter(str(tmp_path)).after_report(None, [{"row": odd, "ranks": 1, "checkpoint": "a"}], None)
     strict((tmp_path / METRICS_FILE).read_bytes())
     rows = read_metrics(str(tmp_path))
     assert rows[0]["mean_dice"] is None

@@ -1,7 +1,6 @@
 """Every setting either may change when a run is resumed, and the change is recorded, or is refused with its reason."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import train
 from ingest.errors import ConfigError
 from ingest.manifest import Manifest
 from ingest.pairing import Case
-from ingest.progress import EpochPart
 from ingest.stores import ObjectMeta
+from tests.train.test_checkpoint import save
 from train import finite
 from train.checkpoint import name_latest, read_position
 from train.config import Recipe
@@ -38,12 +37,9 @@ def changed(recipe: Recipe, setting: str, value: object) -> Recipe:
 
 def a_run(run_dir, recipe: Recipe = DEMO, step: int = 40) -> str:
     """A run's folder, as it is after so many steps."""
-    (run_dir / "checkpoint_1").mkdir(parents=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.json").write_text(recipe.to_json())
-    (run_dir / "checkpoint_1" / "state.pt").write_bytes(b"")
-    (run_dir / "checkpoint_1" / "position.json").write_text(json.dumps({"epoch": 0, "step": step}))
-    part = EpochPart(0, np.arange(4, dtype=np.int64))
-    (run_dir / "checkpoint_1" / "progress-00000.npz").write_bytes(part.to_bytes())
+    save(run_dir, "checkpoint_1", epoch=0, step=step, parts=[np.arange(4, dtype=np.int64)])
     name_latest(str(run_dir), "checkpoint_1")
     return str(run_dir)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
 import pyarrow.fs
 import pytest
 import ray.train
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from ingest.emulator import EmbeddedServer
@@ -53,6 +56,38 @@ def test_a_real_endpoint_and_the_emulator_get_the_same_path(
     assert type(real.filesystem) is type(emulated.filesystem) is pyarrow.fs.GcsFileSystem
     assert real[1:] == emulated[1:]
     assert f"{real.path}/{real.name}" == f"b/{folder}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_requests_to_an_endpoint_that_is_not_known_as_the_emulator_go_to_the_folder_that_our_store_sees(
+    gcs_server: EmbeddedServer, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    emulator = os.environ["STORAGE_EMULATOR_HOST"]
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", emulator)  # Google's C++ client goes by it, and we do not
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(service_account(tmp_path / "account.json")))
+    storage = storage_of(f"gs://{bucket}/{folder}")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state#%41?.pt").write_bytes(b"weights")
+    context = StorageContext(storage.path, storage.name, storage.filesystem)
+    saved = ray.train.Checkpoint.from_directory(str(tmp_path / "saved"))
+    context.persist_current_checkpoint(saved, "checkpoint_1")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
+    store = open_store(f"gs://{bucket}/{folder}")
+    listed = list(store.list("checkpoint_1/"))
+    assert [meta.name for meta in listed] == ["checkpoint_1/state#%41?.pt"]
+    assert store.fetch(listed) == [b"weights"]
+    assert all(meta.name.startswith(f"{folder}/") for meta in open_store(f"gs://{bucket}").list())
+
+
+def service_account(file: Path) -> Path:
+    """The key of a service account: Google's client signs its own tokens with it, and asks no server for one."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    account = {"type": "service_account", "project_id": "p", "private_key_id": "1", "client_id": "1"}
+    account |= {"private_key": key.private_bytes(*form).decode(), "client_email": "a@p.iam.gserviceaccount.com"}
+    file.write_text(json.dumps(account | {"token_uri": "http://127.0.0.1:9/token"}))
+    return file
 
 
 def test_a_local_folder_is_taken_literally_and_a_file_uri_is_decoded_as_our_store_does(tmp_path: Path) -> None:
