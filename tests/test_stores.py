@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ingest.errors import (
 from ingest.fault_proxy import Fault, FaultKind, FaultProxy
 from ingest.store_contract import FlatNamesContract, Place, StoreContract
 from ingest.stores import ObjectMeta, Store, StoreConfig, open_store
+from ingest.stores.local import LocalStore, locked
 from ingest.testing import LatencyStore, MemoryStore
 
 from .gcs_place import GCSPlace
@@ -153,6 +155,29 @@ def test_local_store_leaves_nothing_of_a_failed_put_and_lists_no_unfinished_file
             store.put(name, b"x")
     (tmp_path / ".voxflux-tmp-abc").write_bytes(b"half")
     assert [meta.name for meta in store.list()] == ["a"]
+
+
+@pytest.mark.parametrize("act", ["put", "delete"])
+def test_a_local_write_without_a_condition_waits_for_one_that_is_between_its_check_and_its_write(
+    tmp_path: Path, act: str
+) -> None:
+    store = LocalStore(str(tmp_path))
+    store.put("a", b"first")
+    acts = {"put": lambda: store.put("a", b"without"), "delete": lambda: store.delete("a")}
+    thread = threading.Thread(target=acts[act])
+    with locked(str(tmp_path / "a")):
+        thread.start()
+        thread.join(0.3)
+        assert (tmp_path / "a").read_bytes() == b"first"
+    thread.join()
+    assert (tmp_path / "a").exists() == (act == "put")
+
+
+def test_a_local_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    name = "n" * 255
+    store.delete(name, store.put(name, b"x", store.put(name, b"x")))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_local_file_in_place_of_the_folder_is_a_missing_folder(tmp_path: Path) -> None:

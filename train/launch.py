@@ -39,6 +39,7 @@ from .finish import ending, leave_behind
 from .flag import make_flag
 from .follow import following
 from .holdout import Holdout, RankData, save_held_out, split_of
+from .lease import Lease, LeaseGuard, held
 from .ledger import absolute_place
 from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
@@ -47,7 +48,7 @@ from .nodes import alive_nodes, check_visible, gpus_of_machine, with_readers
 from .planned import datasets_of, most_together
 from .report import epoch_table
 from .resume_rules import Change, record
-from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, resolve_run_dir
+from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, run_folder
 from .run_storage import storage_of
 from .stop import in_thread, on_signals
 from .tracking import reach, tracked
@@ -85,7 +86,15 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         KeyboardInterrupt: a second signal came.
     """
     preflight.check_model(recipe)
-    run_dir = resolve_run_dir(recipe, name)
+    with (
+        run_folder(recipe, name) as run_dir,
+        held(run_dir, lambda words: console.print(words, markup=False)) as lease,
+    ):
+        return run_in(run_dir, lease, recipe, console)
+
+
+def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outcome:
+    """Run a recipe in a folder that this process holds; see `run`."""
     if recipe.trainer.ledger:  # relative to here: a rank's working directory is another one
         ledger = absolute_place(recipe.trainer.ledger)
         recipe = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, ledger=ledger))
@@ -175,13 +184,22 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             job.stop_flag.set.remote()
             monitor.tell("event", "stop", "asked to stop")
 
+        def ask_lost(why: str) -> None:
+            words = f"the lease of the run folder is lost: {why}"
+            console.print(f"{words}; saving after this step and ending", markup=False)
+            job.stop_flag.set.remote()
+            monitor.tell("event", "stop", words[:500])
+
+        holder = lease.holder.holder
         with (
             on_signals(ask) as stopped,
+            lease.on_loss(ask_lost),
             ending(run_dir, monitor, console),
             tracked(tracking, recipe, run_dir, console, stopped) as mlflow_run,
             following(job, console, mlflow_run),
         ):
-            result = in_thread(lambda: fit(job, manifest, train, run_dir, use_gpu=use_gpu, listing_s=listing_s))
+            result = in_thread(lambda: fit(job, manifest, train, run_dir, holder, use_gpu=use_gpu, listing_s=listing_s))
+            lease.require()
         rows = read_metrics(run_dir)
         console.print(epoch_table(rows))
         console.print(why(rows))
@@ -195,7 +213,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
 
 
 def fit(
-    job: LoopJob, manifest: Manifest, train: Indices, run_dir: str, *, use_gpu: bool, listing_s: float
+    job: LoopJob, manifest: Manifest, train: Indices, run_dir: str, holder: str, *, use_gpu: bool, listing_s: float
 ) -> ray.train.Result:
     """Run the trainer; our own errors come out as they were raised, wherever that was."""
     recipe = job.recipe
@@ -219,7 +237,7 @@ def fit(
             storage_filesystem=storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=recipe.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.trainer.checkpoints_kept),
-            callbacks=[MetricsWriter(run_dir, job.monitor, listing_s)],  # type: ignore[list-item]  # Ray's stub speaks of Train V1
+            callbacks=[LeaseGuard(run_dir, holder), MetricsWriter(run_dir, job.monitor, listing_s)],  # type: ignore[list-item]  # Ray's stub speaks of Train V1
         ),
     )
     try:

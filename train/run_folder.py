@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from ingest.errors import ConfigError, PlaceNotFoundError
+from ingest.errors import ConfigError, PlaceNotFoundError, StoreError
 from ingest.stores import open_store
+from ingest.stores.local import LocalStore
 
 from .checkpoint import read_position
 from .config import Recipe, from_json
@@ -53,6 +56,72 @@ def changed_settings(recipe: Recipe, run_dir: str) -> list[Change]:
     if saved is None:
         raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
     return changes_of(from_json(store.fetch([saved])[0].decode()), recipe, run_dir)
+
+
+@contextlib.contextmanager
+def run_folder(recipe: Recipe, name: str) -> Iterator[str]:
+    """A run's folder, as `resolve_run_dir` says. A local default one is made here, with a suffix if its name is taken.
+
+    Folders that are missing at the start and empty at the end are removed: a run that is refused leaves none behind.
+
+    Raises:
+        ConfigError: the folder cannot be used, or holds no run where one is to be resumed.
+        StoreError: a default folder cannot be made, or the place cannot be read.
+    """
+    run_dir = resolve_run_dir(recipe, name)
+    if recipe.trainer.resume is not None:
+        check_holds_run(run_dir)
+    store = open_store(run_dir)
+    if not isinstance(store, LocalStore):
+        yield run_dir
+        return
+    wanted = Path(store.root)
+    made = [folder for folder in wanted.parents if not folder.exists()]
+    if recipe.trainer.resume is None and recipe.run_dir is None:
+        folder = make_folder(wanted)
+        run_dir = str(folder)
+        made.insert(0, folder)
+    elif not wanted.exists():
+        made.insert(0, wanted)
+    try:
+        yield run_dir
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty, or another process has removed it
+            for folder in made:
+                folder.rmdir()
+
+
+def make_folder(wanted: Path) -> Path:
+    """Make a folder of that name or, where it is taken, with the first of the suffixes -2, -3, … that is free.
+
+    Raises:
+        StoreError: it cannot be made.
+    """
+    folder, number = wanted, 1
+    try:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+    except OSError as error:
+        raise StoreError(
+            f"expected to make the run folder {folder}, found {error}; give another place by --run-dir"
+        ) from error
+
+
+def check_holds_run(run_dir: str) -> None:
+    """Refuse a folder without a run's recipe.
+
+    Raises:
+        ConfigError: it is one, or it does not exist.
+    """
+    with contextlib.suppress(PlaceNotFoundError):
+        if any(entry.name == RECIPE_FILE for entry in open_store(run_dir).list(RECIPE_FILE)):
+            return
+    raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
 
 
 def resolve_run_dir(recipe: Recipe, name: str) -> str:

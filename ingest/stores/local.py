@@ -9,6 +9,7 @@ import os
 import stat
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -157,7 +158,8 @@ class LocalStore(BaseStore):
     def put(self, name: str, data: bytes, if_generation: int | None = None) -> int:
         """See `Puts.put`: a temporary file beside it takes its place in one step.
 
-        Conditional writes and deletes exclude each other by a lock. A write without a condition takes no lock.
+        Writes and deletes of one file exclude each other by a lock, those without a condition too: one of them between
+        the check and the write of another would be overwritten unseen.
 
         Raises:
             ConfigError: the name leads out of the folder, or names a folder.
@@ -173,14 +175,9 @@ class LocalStore(BaseStore):
             with open(handle, "wb") as file:  # noqa: PTH123
                 file.write(data)
                 os.fchmod(file.fileno(), 0o644)
-            if if_generation is None:
-                generation = os.stat(temporary).st_mtime_ns  # noqa: PTH116
+            with locked(path):
+                generation = _stamp_after(temporary, _require(path, if_generation))
                 os.replace(temporary, path)  # noqa: PTH105
-            else:
-                with _locked(path):
-                    _require(path, if_generation)
-                    generation = _stamp_after(temporary, if_generation)
-                    os.replace(temporary, path)  # noqa: PTH105
             temporary = None
             return generation
         except PermissionError as error:
@@ -206,12 +203,9 @@ class LocalStore(BaseStore):
         try:
             if not Path(path).is_file():
                 raise FileNotFoundError(path)
-            if if_generation is None:
+            with locked(path):
+                _require(path, if_generation)
                 os.unlink(path)  # noqa: PTH108
-            else:
-                with _locked(path):
-                    _require(path, if_generation)
-                    os.unlink(path)  # noqa: PTH108
         except (FileNotFoundError, NotADirectoryError) as error:
             if not Path(self.root).is_dir():
                 raise _no_folder(self.root) from error
@@ -231,17 +225,20 @@ class LocalStore(BaseStore):
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Hold the lock of conditional writes and deletes of one file, against threads, processes and hosts.
+def locked(path: str) -> Iterator[None]:
+    """Hold the lock of writes and deletes of one file, against threads, processes and hosts.
 
     The lock file is removed by its last holder. Some file systems have no locks (e.g. Lustre without its option
     `flock`). There the check and the write are two steps, and two writers in the same millisecond may both succeed.
     """
     folder, name = os.path.split(path)
-    lock = os.path.join(folder, f"{_TEMPORARY}{name}.lock")  # noqa: PTH118
+    # Not by the whole name, which may be as long as a name can be; two names in one lock only wait for each other.
+    lock = os.path.join(folder, f"{_TEMPORARY}{zlib.crc32(os.fsencode(name)):08x}.lock")  # noqa: PTH118
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
+            with contextlib.suppress(PermissionError):  # it is another user's, who let us open it
+                os.fchmod(handle, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
             except OSError as error:
@@ -267,14 +264,15 @@ def _is_still(handle: int, path: str) -> bool:
         return False
 
 
-def _require(path: str, generation: int) -> None:
-    """Raise PreconditionError unless the file is of this generation; 0 is no file."""
+def _require(path: str, generation: int | None) -> int:
+    """The file's generation, 0 for no file; raises PreconditionError if that is not the given one."""
     try:
         found = os.stat(path).st_mtime_ns  # noqa: PTH116
     except FileNotFoundError:
         found = 0
-    if found != generation:
-        raise precondition_failed(path, generation, f"generation {found}" if found else "none")
+    if generation not in (None, found):
+        raise precondition_failed(path, generation or 0, f"generation {found}" if found else "none")
+    return found
 
 
 def _stamp_after(path: str, generation: int) -> int:

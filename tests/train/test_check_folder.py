@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from train.check_folder import check_run_folder
 from train.checkpoint import name_latest
 from train.config import Recipe, TrainerConfig
 from train.holdout import load_held_out
+from train.lease import LEASE_FILE, Holder
 from train.page import page_of
 from train.weights import find_state, load_trained
 
@@ -58,6 +60,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save(folder, name, epoch=1, step=5, parts=[indices(1)])
     name_latest(str(folder), "checkpoint_2")
     keep_best(str(folder), "checkpoint_2", row(1))
+    killed = dataclasses.replace(Holder.here(), process_start="of another process")
+    (folder / LEASE_FILE).write_bytes(killed.to_bytes())
     return folder
 
 
