@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import math
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from . import gunzip
+from . import gunzip, mistakes
 from .errors import ConfigError, DecodeError
 
 # The .npy format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
@@ -169,19 +170,18 @@ def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any
     if header.dtype.hasobject:
         raise DecodeError(
             f"{name}: expected {dtype} voxels, found pickled Python objects, which are never loaded; "
-            f"save the array as {dtype}",
+            "take the array of voxels out of the object where it was made, and save that by itself",
             "pickled",
         )
     if header.dtype != dtype:
         raise DecodeError(
-            f"{name}: expected dtype {dtype}, found {header.dtype}; "
-            f"save it with .astype('{dtype}') or leave the case out",
+            f"{name}: expected dtype {dtype}, found {_dtype_found(data, header, offset, dtype)}, or leave the case out",
             "dtype",
         )
     if len(header.shape) != 4 or 0 in header.shape:
         raise DecodeError(
             f"{name}: expected 4 axes (C, D, H, W), none empty, found shape {header.shape}; "
-            "save it with a channel axis",
+            f"{mistakes.rank_advice(header.shape, 'label' if dtype == LABEL_DTYPE else 'image')}",
             "rank",
         )
     voxels = math.prod(header.shape)
@@ -195,6 +195,24 @@ def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any
         )
     flat = np.frombuffer(data, dtype=dtype, count=voxels, offset=offset)
     return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
+
+
+def _dtype_found(data: Buffer, header: NpyHeader, offset: int, dtype: np.dtype[Any]) -> str:
+    """What there is of another dtype, and what to check and do about it, for a message."""
+    found, count = header.dtype, math.prod(header.shape)
+    expected_bytes = offset + count * found.itemsize
+    if gunzip.is_gzip(data) and expected_bytes <= gunzip.MOST_BYTES:
+        with contextlib.suppress(ValueError):  # damaged: then the message tells the type alone
+            data = gunzip.gunzip(data, expected_bytes)
+    whole = count > 0 and len(data) == expected_bytes
+    seen = None
+    if found.kind in "biuf" and whole:
+        seen = mistakes.look_at(np.frombuffer(data, dtype=found, count=count, offset=offset))
+    if dtype == IMAGE_DTYPE:
+        return f"{found}; {mistakes.image_dtype_advice(seen, found)}"
+    if seen is None:
+        return f"{found}; {mistakes.IN_ONE_TABLE}, and save the classes as {dtype}"
+    return f"{found} with {seen}; {mistakes.label_advice(seen)}"
 
 
 def decode_case(
@@ -225,22 +243,24 @@ def decode_case(
     """
     image_CDHW: Volume = read_array(image_data, image_name, IMAGE_DTYPE)
     label_1DHW: LabelMap = read_array(label_data, label_name, LABEL_DTYPE)
-    if image_CDHW.shape[0] != config.channels or label_1DHW.shape[0] != 1:
+    check_channels(image_CDHW.shape, config, image_name)
+    if label_1DHW.shape[0] != 1:
         raise DecodeError(
-            f"{image_name}: expected {config.channels} image channels and 1 label channel, found "
-            f"{image_CDHW.shape[0]} and {label_1DHW.shape[0]}; set --data.decode.channels or save the case anew",
+            f"{label_name}: expected 1 label channel, found {label_1DHW.shape[0]} in shape {label_1DHW.shape}; "
+            f"{mistakes.label_channels_advice(label_1DHW, image_CDHW.shape[1:])}",
             "shape-mismatch",
         )
     if image_CDHW.shape[1:] != label_1DHW.shape[1:]:
         raise DecodeError(
             f"{image_name}: expected image and label of one (D, H, W), found {image_CDHW.shape[1:]} and "
-            f"{label_1DHW.shape[1:]} in {label_name}; resample one to the other or leave the case out",
+            f"{label_1DHW.shape[1:]} in {label_name}; "
+            f"{mistakes.shapes_advice(image_CDHW.shape[1:], label_1DHW.shape[1:])}, or leave the case out",
             "shape-mismatch",
         )
     if smallest is not None and any(have < want for have, want in zip(image_CDHW.shape[1:], smallest, strict=True)):
         raise DecodeError(
             f"{image_name}: expected a volume of at least the patch {smallest}, found {image_CDHW.shape[1:]}; "
-            "pad it, choose a smaller --data.crop.patch, or leave the case out",
+            "pad image and label alike, choose a smaller --data.crop.patch, or leave the case out",
             "smaller-than-patch",
         )
     check_values(label_1DHW, config, label_name)
@@ -259,9 +279,22 @@ def check_finite(image_CDHW: Volume, name: str) -> None:
         total = float(np.add.reduce(image_CDHW, axis=None))
     if not math.isfinite(total) and (bad := int(np.count_nonzero(~np.isfinite(image_CDHW)))):
         raise DecodeError(
-            f"{name}: expected finite voxels, found {bad} that are NaN or infinite; "
-            "mend the image or leave the case out",
+            f"{name}: expected finite voxels, found {bad} that are NaN or infinite; {mistakes.NOT_FINITE}",
             "non-finite",
+        )
+
+
+def check_channels(shape_CDHW: tuple[int, ...], config: DecodeConfig, name: str) -> None:
+    """Refuse an image with another number of channels.
+
+    Raises:
+        DecodeError: with the reason shape-mismatch.
+    """
+    if shape_CDHW[0] != config.channels:
+        raise DecodeError(
+            f"{name}: expected {config.channels} image channels, found {shape_CDHW[0]} channels in shape {shape_CDHW}; "
+            f"{mistakes.image_channels_advice(shape_CDHW, config.channels)}",
+            "shape-mismatch",
         )
 
 
@@ -275,6 +308,6 @@ def check_values(label_1DHW: LabelMap, config: DecodeConfig, name: str) -> None:
     if top >= config.num_classes:
         raise DecodeError(
             f"{name}: expected label values 0 to {config.num_classes - 1}, found {top}; "
-            "set --data.decode.num-classes or mend the label",
+            f"{mistakes.label_advice(mistakes.look_at(label_1DHW), config.num_classes)}",
             "label-value",
         )

@@ -29,25 +29,36 @@ Affine: TypeAlias = npt.NDArray[np.float64]
 
 
 def resampled_affine(
-    affine: Affine, before_DHW: Sequence[int], after_DHW: Sequence[int], padded_DHW: Sequence[int]
+    affine: Affine,
+    before_DHW: Sequence[int],
+    after_DHW: Sequence[int],
+    padded_DHW: Sequence[int],
+    step_DHW: Sequence[float] | None = None,
 ) -> Affine:
-    """The affine of a grid that was resampled with its corners kept, and padded by half on each side.
+    """The affine of a grid that was resampled, and padded by half on each side.
 
-    Voxel i of the padded grid is voxel i - p of the resampled one, which lies at (i - p) (before - 1) / (after - 1)
-    of the first (see `prepare.resample`); p is half of what was padded, rounded down.
+    Voxel i of the padded grid is voxel i - p of the resampled one; p is half of what was padded, rounded down. Of the
+    first grid it is voxel ``start + (i - p) * step``: see `prepare.resample` for the two kinds of grid.
 
     Args:
         affine: of the grid before.
         before_DHW: its shape.
         after_DHW: shape after resampling.
         padded_DHW: shape after padding.
+        step_DHW: distance of neighbouring voxels after resampling, in voxels before, on a grid with the same middle
+            (`--resample grid`). None: the corners were kept (the image of `--resample mlperf`).
     """
-    scale = [
-        (before - 1) / (after - 1) if after > 1 else 1.0 for before, after in zip(before_DHW, after_DHW, strict=True)
-    ]
-    change = np.diag([*scale, 1.0])
+    sizes = list(zip(before_DHW, after_DHW, strict=True))
+    if step_DHW is None:
+        step_DHW = [(before - 1) / (after - 1) if after > 1 else 1.0 for before, after in sizes]
+        starts = [0.0, 0.0, 0.0]
+    else:
+        starts = [
+            (before - 1) / 2 - (after - 1) / 2 * step for (before, after), step in zip(sizes, step_DHW, strict=True)
+        ]
+    change = np.diag([*step_DHW, 1.0])
     pads = [(padded - after) // 2 for padded, after in zip(padded_DHW, after_DHW, strict=True)]
-    change[:3, 3] = [-pad * factor for pad, factor in zip(pads, scale, strict=True)]
+    change[:3, 3] = [start - pad * step for start, pad, step in zip(starts, pads, step_DHW, strict=True)]
     return affine @ change
 
 

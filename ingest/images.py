@@ -77,7 +77,8 @@ def list_images(uri: str, store: StoreConfig | None = None, pattern: str | None 
             names = (found[key].meta.name, entry.name)
             one, other = names if all(name.isascii() for name in names) else map(ascii, names)
             raise PairingError(
-                f"expected one image a key in {uri}, found {one} and {other} for {key!r}; remove one, or give --pattern"
+                f"expected one image a key in {uri}, found {one} and {other} for {key!r}; give a --pattern that takes "
+                "one of them"
             )
         found[key] = Image(key, entry)
     if not found:

@@ -212,7 +212,7 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise ManifestError(
                 f"{name}: expected manifest version {FORMAT_VERSION}, found {version!r}; "
-                "delete it and list the bucket anew"
+                "read it with the voxflux that wrote it, or list the bucket into another one"
             )
         if not (isinstance(images_uri, str) and isinstance(labels_uri, str)):
             raise ManifestError(f"{name}: expected two URIs in its metadata, found {about}; make it anew")

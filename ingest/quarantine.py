@@ -269,8 +269,8 @@ def entry_of(error: ObjectError | DecodeError, *, index: int, case_id: str, uri:
 def over_budget(entries: list[QuarantineEntry], budget: int) -> QuarantineBudgetError:
     """The error that names the cases and the budget."""
     return QuarantineBudgetError(
-        f"expected at most {budget} bad cases, found {len(entries)}: {_named(entries)}; mend or remove them and make "
-        "the manifest anew, or raise --data.budget-cases"
+        f"expected at most {budget} bad cases, found {len(entries)}: {_named(entries)}; mend them or move them away "
+        "and make the manifest anew, or raise --data.budget-cases"
     )
 
 
@@ -311,7 +311,7 @@ def load_entries(run_dir: str) -> list[QuarantineEntry]:
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ManifestError(
             f"{store.uri_of(QUARANTINE_FILE)}: expected a Parquet file with the columns {SCHEMA.names}, found "
-            f"something else ({error}); put back the one that the run wrote, or delete it to try all cases again"
+            f"something else ({error}); put back the one that the run wrote, or move it away to try all cases again"
         ) from error
     return [QuarantineEntry(**row) for row in table.to_pylist()]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ingest.decode import DecodeConfig, decode_case, parse_npy, read_array
 from ingest.errors import ConfigError, DecodeError
+from ingest.slab import names_fault
 
 IMAGE = np.arange(4 * 5 * 6, dtype=np.float32).reshape(1, 4, 5, 6)
 LABEL = (IMAGE % 3).astype(np.uint8)
@@ -89,6 +90,13 @@ def test_every_bad_case_gets_its_reason_and_a_message_that_names_the_object(imag
         decode(image, label)
     assert caught.value.reason == reason
     assert "gs://b/c_" in str(caught.value)
+
+
+def test_a_label_of_two_channels_is_the_labels_fault_and_not_its_images():
+    with pytest.raises(DecodeError, match=r"^gs://b/c_y\.npy: expected 1 label channel, found 2 in shape") as caught:
+        decode(label=npy(np.concatenate([LABEL, LABEL])))
+    assert caught.value.reason == "shape-mismatch"
+    assert names_fault(caught.value, "gs://b/c_y.npy")
 
 
 def test_infinities_of_both_signs_do_not_cancel():

@@ -19,7 +19,7 @@ def test_a_prepared_scan_keeps_its_corners_where_they_were_though_resampled_and_
     for name in ("imaging", "segmentation"):
         path = tmp_path / "in" / "case_00000" / f"{name}.nii.gz"
         nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(path).dataobj), affine), path)
-    settings = {"spacing": (1.6, 1.2, 1.2), "shape": (20, 20, 20), "workers": 0}
+    settings = {"spacing": (1.6, 1.2, 1.2), "shape": (20, 20, 20), "workers": 0, "resample": "mlperf"}
     prepare(PrepareConfig(source="kits19", input=str(tmp_path / "in"), output=str(tmp_path / "out"), **settings))
     found = list_geometry(f"{tmp_path}/out/geometry/")
     assert list(found) == ["case_00000"]

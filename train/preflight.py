@@ -15,7 +15,7 @@ import torch
 from ray._private.state import available_resources_per_node
 
 from ingest.crop import Shape
-from ingest.decode import read_header
+from ingest.decode import check_channels, read_header
 from ingest.errors import ConfigError, DecodeError, ObjectError, QuarantineBudgetError, StaleManifestError
 from ingest.manifest import Manifest, cases_of
 from ingest.plan import Indices
@@ -228,6 +228,8 @@ def _look_at(recipe: Recipe, manifest: Manifest, index: int) -> str | None:
         if isinstance(body, ObjectError):
             raise body
         header, _ = read_header(body, name)
+        if len(header.shape) == 4:  # before the patch: with channels last, the last of D, H and W would be too small
+            check_channels(header.shape, recipe.data.decode, name)
     except (ObjectError, DecodeError) as error:
         if not bad.takes(error):
             raise

@@ -160,7 +160,7 @@ def reach(uri: str | None, run_dir: str, *, resumed: bool) -> Tracking | None:
     except (MlflowException, OSError) as error:
         raise ConfigError(
             f"expected run {saved['run_id']} of {run_dir} at {uri}, found: {_words(error)}; give the --trainer.mlflow "
-            f"that the run began with, {saved['uri']}, or remove {TRACKING_FILE} from its folder to begin another there"
+            f"that the run began with, {saved['uri']}, or move {TRACKING_FILE} out of its folder to begin another there"
         ) from error
     return Tracking(client, uri, saved["run_id"])
 
@@ -287,8 +287,8 @@ def read_tracking(run_dir: str) -> dict[str, str] | None:
                 return {name: str(saved[name]) for name in ("run_id", "experiment_id", "uri")}
             except (ValueError, TypeError, KeyError) as error:
                 raise ConfigError(
-                    f"expected an MLflow run in {run_dir}/{TRACKING_FILE}, found something else ({error}); remove it "
-                    "to begin another run there"
+                    f"expected an MLflow run in {run_dir}/{TRACKING_FILE}, found something else ({error}); move it "
+                    "away to begin another run there"
                 ) from error
     return None
 

@@ -14,6 +14,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
+from ingest import mistakes
 from ingest.decode import IMAGE_DTYPE, read_array
 from ingest.errors import ConfigError, DecodeError
 from ingest.geometry import Affine, nifti_bytes, original
@@ -174,18 +175,31 @@ class Predictor(Worker):
             DecodeError: they are no image for this network.
         """
         image_CDHW = read_array(body, name, IMAGE_DTYPE)
-        channels = self.trained.recipe.model.in_channels
-        if image_CDHW.shape[0] != channels:
-            raise DecodeError(
-                f"{name}: expected {channels} image channels, as the network was trained on, found "
-                f"{image_CDHW.shape[0]}; give other images or another --checkpoint",
-                "shape-mismatch",
-            )
-        if not np.isfinite(image_CDHW).all():
-            raise DecodeError(f"{name}: expected finite voxels, found NaN or infinite ones; mend it", "non-finite")
+        check_image(image_CDHW, self.trained.recipe.model.in_channels, name)
         image = torch.from_numpy(image_CDHW.copy()).to(self.device)
         logits_KDHW = sliding_window_logits(self.network, image, self.window)
         return logits_KDHW.argmax(dim=0, keepdim=True).to(torch.uint8).cpu().numpy()
+
+
+def check_image(image_CDHW: np.ndarray[Any, np.dtype[np.float32]], channels: int, name: str) -> None:
+    """Refuse an image that no network of so many channels can take.
+
+    Raises:
+        DecodeError: it has other channels, or voxels that are not finite.
+    """
+    if image_CDHW.shape[0] != channels:
+        last = mistakes.channels_last(image_CDHW.shape, channels) == channels
+        raise DecodeError(
+            f"{name}: expected {channels} image channels, as the network was trained on, found "
+            f"{image_CDHW.shape[0]} channels in shape {image_CDHW.shape}; "
+            + (f"{mistakes.channels_last_advice(image_CDHW.shape, 'image')}; if not, " if last else "")
+            + "give other images or another --checkpoint",
+            "shape-mismatch",
+        )
+    if not np.isfinite(image_CDHW).all():
+        raise DecodeError(
+            f"{name}: expected finite voxels, found NaN or infinite ones; {mistakes.NOT_FINITE}", "non-finite"
+        )
 
 
 def infer(

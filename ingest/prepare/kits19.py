@@ -1,11 +1,13 @@
 """KiTS19 scans to training cases, by the formulas of MLPerf's U-Net3D benchmark.
 
-Source of the formulas: ``preprocess_dataset.py`` of mlcommons/training (retired_benchmarks/unet3d/pytorch).
+Source of the formulas: ``preprocess_dataset.py`` of mlcommons/training (retired_benchmarks/unet3d/pytorch). One of
+them is left by default: the reference resamples the label half a source voxel away from its image, and
+``--resample grid`` puts both on one grid. ``--resample mlperf`` is the reference to the letter; see `resample`.
 
 Axes: KiTS19 stores its NIfTI arrays as (D, H, W), D along the body, and the header's ``pixdim[1:4]`` holds
 the spacing of the same three axes in that order. Both are taken as they are stored, as the reference does; the
-affine is not used to reorient. A NIfTI file written by another tool is usually (W, H, D) and would have to be
-transposed first.
+affine is not used to reorient the image. The label must lie on the image's grid by the two affines, or is put there
+(`placement`). A NIfTI file written by another tool is usually (W, H, D) and would have to be transposed first.
 """
 
 from __future__ import annotations
@@ -16,15 +18,30 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from .. import mistakes
 from ..errors import DecodeError, EmptyListingError, MissingDependencyError, PairingError, PlaceNotFoundError
 from ..geometry import Affine, resampled_affine
 from .case import Pair, case_id
-from .resample import Shape, Spacing, pad_edge, resample_linear, resample_nearest, resampled_shape
+from .placement import PLACE_TOLERANCE, corner_distance_mm, count_outside, onto_grid
+from .resample import (
+    Resample,
+    Shape,
+    Spacing,
+    grid_places,
+    label_at,
+    linear_at,
+    pad_edge,
+    resample_linear,
+    resample_nearest,
+    resampled_shape,
+)
+
+OnMismatch = Literal["fail", "resample"]
 
 FIRST_UNLABELLED = 210
 """Cases from this one on are the challenge's test cases, published without labels."""
@@ -33,6 +50,8 @@ CLIP_HU = (-79.0, 304.0)
 MEAN_HU = 101.0
 STD_HU = 76.9
 CLASSES = 3
+SPACING_TOLERANCE = 0.01
+"""Share by which the two spacings of a header may differ, since tools round one of them to fewer digits."""
 
 IMAGE_FILE = "imaging.nii.gz"
 LABEL_FILE = "segmentation.nii.gz"
@@ -47,11 +66,15 @@ class Kits19Source:
             makes cases must see it under this path.
         spacing_mm: of the resampled volumes, along D, H and W.
         shape: volumes smaller than this are padded up to it.
+        resample: the grid of image and label; see the module `resample`.
+        on_mismatch: what to do about a label that does not lie on its image's grid.
     """
 
     folder: str
     spacing_mm: Spacing
     shape: Shape
+    resample: Resample = "grid"
+    on_mismatch: OnMismatch = "fail"
 
     def make(self, case: int) -> Pair:
         """Read, resample, normalise and pad one case. See `preprocess` for the result.
@@ -60,22 +83,26 @@ class Kits19Source:
             DecodeError: a file is no NIfTI volume, or the two do not fit together.
         """
         folder = Path(self.folder) / case_id(case)
-        image_DHW, label_DHW, spacing_mm = load_pair(folder)
+        image_DHW, label_DHW, spacing_mm = load_pair(folder, self.on_mismatch)
         try:
-            return preprocess(image_DHW, label_DHW, spacing_mm, self.spacing_mm, self.shape)
+            return preprocess(image_DHW, label_DHW, spacing_mm, self.spacing_mm, self.shape, self.resample)
         except DecodeError as error:
             raise DecodeError(f"{folder}: {error}", error.reason) from None
 
     def affine(self, case: int) -> Affine:
-        """From the image's header, carried over to the prepared grid.
+        """From the image's header, carried over to the prepared grid; with mlperf, the image's.
 
         Raises:
             DecodeError: the file is no NIfTI volume.
         """
         volume = _open_volume(Path(self.folder) / case_id(case) / IMAGE_FILE)
-        resampled = resampled_shape(volume.shape, volume.pixdim_mm, self.spacing_mm)
+        same = volume.pixdim_mm == self.spacing_mm
+        resampled = (
+            volume.shape if same else resampled_shape(volume.shape, volume.pixdim_mm, self.spacing_mm, self.resample)
+        )
         padded = [max(size, least) for size, least in zip(resampled, self.shape, strict=True)]
-        return resampled_affine(volume.affine, volume.shape, resampled, padded)
+        step = _steps(volume.pixdim_mm, self.spacing_mm) if self.resample == "grid" else None
+        return resampled_affine(volume.affine, volume.shape, resampled, padded, step)
 
 
 def preprocess(
@@ -84,6 +111,7 @@ def preprocess(
     spacing_mm: Spacing,
     target_mm: Spacing,
     minimum_DHW: Shape,
+    resample: Resample = "grid",
 ) -> Pair:
     """Resample, clip, normalise and pad, in this order.
 
@@ -93,6 +121,7 @@ def preprocess(
         spacing_mm: of the two, along D, H and W.
         target_mm: of the result.
         minimum_DHW: the result has at least this shape.
+        resample: the grid of image and label.
 
     Returns:
         image (1, D, H, W) float32 in [-2.34, 2.64]; label (1, D, H, W) uint8.
@@ -101,13 +130,21 @@ def preprocess(
         DecodeError: the volume vanishes at the target spacing.
     """
     if spacing_mm != target_mm:
-        shape_DHW = resampled_shape(image_DHW.shape, spacing_mm, target_mm)
-        image_DHW = resample_linear(image_DHW, shape_DHW)
-        label_DHW = resample_nearest(label_DHW, shape_DHW)
+        shape_DHW = resampled_shape(image_DHW.shape, spacing_mm, target_mm, resample)
+        if resample == "grid":
+            places = grid_places(image_DHW.shape, shape_DHW, _steps(spacing_mm, target_mm))
+            image_DHW, label_DHW = linear_at(image_DHW, places), label_at(label_DHW, places)
+        else:
+            image_DHW, label_DHW = resample_linear(image_DHW, shape_DHW), resample_nearest(label_DHW, shape_DHW)
     image_DHW = np.clip(image_DHW, *CLIP_HU)
     image_DHW -= MEAN_HU
     image_DHW /= STD_HU
     return Pair(pad_edge(image_DHW, minimum_DHW)[None], pad_edge(label_DHW, minimum_DHW)[None])
+
+
+def _steps(spacing_mm: Spacing, target_mm: Spacing) -> list[float]:
+    """Distance of neighbouring voxels of the prepared grid, in voxels of the scan."""
+    return [target / spacing for spacing, target in zip(spacing_mm, target_mm, strict=True)]
 
 
 def find_cases(folder: str) -> list[int]:
@@ -151,32 +188,38 @@ def check_files(folder: str, cases: Sequence[int]) -> None:
         )
 
 
-def load_pair(folder: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], Spacing]:
+def load_pair(
+    folder: Path, on_mismatch: OnMismatch = "fail"
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], Spacing]:
     """Read one case and check it.
+
+    Args:
+        folder: of the case.
+        on_mismatch: about a label whose shape or affine is not the image's. "fail" refuses the case. "resample" puts
+            the label onto the image's grid in world coordinates (`placement.onto_grid`).
 
     Returns:
         image (D, H, W) float32; label (D, H, W) uint8; the image's spacing in mm along D, H and W.
 
     Raises:
-        DecodeError: unreadable, not 3-D, shapes that differ, a voxel that is not finite, a label outside 0 to
-            2, or a spacing that is not above 0.
+        DecodeError: unreadable, not 3-D, a voxel that is not finite, a label outside 0 to 2, a spacing that is not
+            above 0 or not the affine's, a label that does not lie on its image's grid, or, with "resample", one of
+            which a part lies outside the image.
         MissingDependencyError: nibabel is not installed.
     """
     image_path, label_path = folder / IMAGE_FILE, folder / LABEL_FILE
     volume = _open_volume(image_path, data=True)
     image_raw, pixdim = volume.data, volume.pixdim_mm
-    label_raw = _open_volume(label_path, data=True).data
-    if image_raw.shape != label_raw.shape:
-        raise DecodeError(
-            f"{folder}: expected image and label of one shape, found image {image_raw.shape} and label "
-            f"{label_raw.shape}; one of the two belongs to another case or was resampled: fetch it anew",
-            "shape-mismatch",
-        )
+    label = _open_volume(label_path, data=True)
+    label_raw = label.data
     if not all(np.isfinite(size) and size > 0 for size in pixdim):
         raise DecodeError(
             f"{image_path}: expected a spacing above 0 mm along every axis, found {pixdim}; repair the header",
             "spacing",
         )
+    for path, found in ((image_path, volume), (label_path, label)):
+        _check_affine(path, found)
+    moved = not _on_one_grid(folder, volume, label, on_mismatch)
     image_DHW = image_raw.astype(np.float32)
     if not np.isfinite(image_DHW).all():
         bad = int(image_DHW.size - np.isfinite(image_DHW).sum())
@@ -184,15 +227,73 @@ def load_pair(folder: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uin
             f"{image_path}: expected finite voxels, found {bad} NaN or infinite ones; fetch the file anew",
             "not-finite",
         )
-    label_DHW = label_raw.astype(np.uint8)
-    if not np.array_equal(label_DHW, label_raw) or label_DHW.max(initial=0) >= CLASSES:
+    if not np.isin(label_raw, range(CLASSES)).all():
         others = np.setdiff1d(label_raw, np.arange(CLASSES))
         raise DecodeError(
-            f"{label_path}: expected the labels 0, 1 and 2, found also {others[:5].tolist()}; map them to "
-            "the three classes first",
+            f"{label_path}: expected the labels 0, 1 and 2, found also {others[:5].tolist()}; "
+            f"{mistakes.label_advice(mistakes.look_at(label_raw), CLASSES, fixed=True)}",
             "label-range",
         )
+    label_DHW = label_raw.astype(np.uint8)
+    if moved:
+        outside = count_outside(label_DHW, label.affine, volume.affine, volume.shape)
+        if outside:
+            raise DecodeError(
+                f"{label_path}: expected every labelled voxel inside the image, found {outside:,} of "
+                f"{np.count_nonzero(label_DHW):,} outside: image {_printed(volume)}; label {_printed(label)}; find the "
+                "segmentation of this scan, or repair the header that is wrong; if the image was cut out of a larger "
+                "scan, set the label's voxels beyond it to 0",
+                "affine-mismatch",
+            )
+        label_DHW = onto_grid(label_DHW, label.affine, volume.affine, volume.shape)
     return image_DHW, label_DHW, pixdim
+
+
+def _check_affine(path: Path, volume: _Volume) -> None:
+    """Refuse an affine that says nothing of where voxels lie, or something else than pixdim.
+
+    Raises:
+        DecodeError: it is not finite, it cannot be inverted, or its spacing differs from pixdim by more than 1 %.
+    """
+    if not np.isfinite(volume.affine).all() or not abs(np.linalg.det(volume.affine)) > 0:
+        raise DecodeError(
+            f"{path}: expected a finite affine that can be inverted, found {volume.affine.tolist()}; repair the header",
+            "affine",
+        )
+    spacing_mm = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    if not np.allclose(spacing_mm, volume.pixdim_mm, rtol=SPACING_TOLERANCE, atol=0):
+        raise DecodeError(
+            f"{path}: expected one spacing in the header, found pixdim {np.round(volume.pixdim_mm, 4).tolist()} mm and "
+            f"an affine with {np.round(spacing_mm, 4).tolist()} mm; --spacing goes by pixdim and the place of voxels "
+            "by the affine: find out which is right and write it into both",
+            "spacing",
+        )
+
+
+def _on_one_grid(folder: Path, image: _Volume, label: _Volume, on_mismatch: OnMismatch) -> bool:
+    """Whether the two lie on one grid, to `PLACE_TOLERANCE`; refuses where they do not and must.
+
+    Raises:
+        DecodeError: they do not, and `on_mismatch` is "fail".
+    """
+    same_shape = image.shape == label.shape
+    apart_mm = corner_distance_mm(image.affine, label.affine, image.shape)
+    most_mm = PLACE_TOLERANCE * min(image.pixdim_mm)
+    if same_shape and apart_mm <= most_mm:
+        return True
+    if on_mismatch == "resample":
+        return False
+    found = f"corners up to {apart_mm:.3f} mm apart" if same_shape else "two shapes"
+    raise DecodeError(
+        f"{folder}: expected image and label on one grid (of one shape, corners at most {most_mm:.3f} mm apart), found "
+        f"{found}: image {_printed(image)}; label {_printed(label)}; if both headers are right, --on-mismatch resample "
+        "puts the label onto the image's grid; if not, repair the header that is wrong or fetch the case anew",
+        "affine-mismatch" if same_shape else "shape-mismatch",
+    )
+
+
+def _printed(volume: _Volume) -> str:
+    return f"{volume.shape} with affine {np.round(volume.affine, 4).tolist()}"
 
 
 class _Volume(NamedTuple):
@@ -229,7 +330,8 @@ def _open_volume(path: Path, *, data: bool = False) -> _Volume:
         ) from error
     if not whole:
         raise DecodeError(
-            f"{path}: expected a 3-D volume (D, H, W) with voxels, found shape {shape}; take one volume out of it",
+            f"{path}: expected a 3-D volume (D, H, W) with voxels, found shape {shape}; of a series of scans, take the "
+            "one that is wanted; of a label with a channel a class, its argmax along that axis",
             "not-3d",
         )
     return _Volume(shape, array, (depth_mm, height_mm, width_mm), affine)

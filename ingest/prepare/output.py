@@ -124,7 +124,7 @@ def claim(store: Store, settings: dict[str, Any], found: dict[str, ObjectMeta]) 
         if found:
             raise ConfigError(
                 f"{store.uri}: expected an empty place or one with {SETTINGS}, found {len(found)} "
-                f"objects, first: {min(found)}, and no {SETTINGS}; choose another --output or delete what is there"
+                f"objects, first: {min(found)}, and no {SETTINGS}; choose another --output"
             )
     else:
         _check_same(store.uri, before, settings)
@@ -149,7 +149,7 @@ def _check_same(uri: str, before: dict[str, Any], settings: dict[str, Any]) -> N
     if other or fewer:
         raise ConfigError(
             f"{uri}: expected the settings this output was begun with ({SETTINGS}), found "
-            f"{'; '.join(other + fewer)}; go on with the former ones, choose another --output, or delete this one"
+            f"{'; '.join(other + fewer)}; go on with the former ones, or choose another --output"
         )
 
 
@@ -170,9 +170,11 @@ def _read_settings(store: Store) -> dict[str, Any] | None:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"{store.uri_of(SETTINGS)}: expected the settings of an earlier run, found something else "
-            f"({type(error).__name__}: {error}); choose another --output or delete this one"
+            f"({type(error).__name__}: {error}); choose another --output"
         ) from error
     settings: dict[str, Any] = about
+    if settings.get("source") == "kits19":
+        settings.setdefault("resample", "mlperf")  # the only way there was when outputs did not say
     return settings
 
 

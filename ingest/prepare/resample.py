@@ -1,14 +1,23 @@
-"""Resampling of whole volumes onto another grid, with the conventions of the KiTS19 reference.
+"""Resampling of whole volumes onto another grid, in two ways.
 
-The reference resamples with ``torch.nn.functional.interpolate``. ingest imports no torch, so the two modes it
-uses are written here after torch's documented definitions, index arithmetic in float32 included, since at
-some sizes float32 and float64 pick different voxels. The tests hold both against torch.
+``grid`` puts image and label on one grid: output voxel i of an axis lies at the same place of the source for both
+(`grid_places`). The image is interpolated there (`linear_at`); the label takes the class that has most of the same
+interpolation's weight (`label_at`). Neighbouring voxels are exactly as far apart as asked for, and the middle of the
+volume stays where it is.
+
+``mlperf`` is what MLPerf's U-Net3D reference does (``preprocess_dataset.py`` of mlcommons/training,
+retired_benchmarks/unet3d/pytorch), and what its published result was trained and scored on. The image keeps its
+corner voxels: output voxel i lies at ``i * (in - 1) / (out - 1)`` (`resample_linear`). The label takes voxel
+``floor(i * in / out)`` (`resample_nearest`), which lies about half a source voxel before it. The reference calls
+``torch.nn.functional.interpolate``. ingest imports no torch, so both modes are written here after torch's documented
+definitions, index arithmetic in float32 included, since at some sizes float32 and float64 pick different voxels. The
+tests hold both against torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,22 +26,38 @@ from ..errors import DecodeError
 
 Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]
+Resample = Literal["grid", "mlperf"]
+Places = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
+"""Of each axis, where in the source its output voxels lie, in source voxels."""
+
+SLACK = 1e-3
+"""In voxels: headers hold spacings as float32, so 0.8 mm is read as 0.80000001 mm. Places of the output that are this
+near to a source voxel, or to the middle between two, count as there, and so do sizes this near to a whole number.
+Also the share of a voxel's weight by which two classes may differ and still count as equal."""
+
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
-def resampled_shape(shape_DHW: Sequence[int], spacing_mm: Spacing, target_mm: Spacing) -> Shape:
-    """The shape a volume has at another spacing: ``int(spacing / target * shape)``, cut and not rounded.
+def resampled_shape(
+    shape_DHW: Sequence[int], spacing_mm: Spacing, target_mm: Spacing, resample: Resample = "mlperf"
+) -> Shape:
+    """The shape a volume has at another spacing: ``spacing / target * shape``, cut and not rounded.
+
+    MLPerf's formula cuts what float64 makes of a header's float32: 16 voxels of 0.9 mm are 11 of 1.2 mm. `grid` takes
+    a size within `SLACK` of a whole number for that number: they are 12.
 
     Args:
         shape_DHW: voxels along each axis.
         spacing_mm: distance of neighbouring voxels along D, H and W.
         target_mm: the same of the new grid.
+        resample: whose shape.
 
     Raises:
         DecodeError: an axis would have no voxel left.
     """
     ratio = np.asarray(spacing_mm, np.float64) / np.asarray(target_mm, np.float64)
-    depth, height, width = (ratio * np.asarray(shape_DHW)).astype(np.int64).tolist()
+    slack = SLACK if resample == "grid" else 0.0
+    depth, height, width = (ratio * np.asarray(shape_DHW) + slack).astype(np.int64).tolist()
     if min(depth, height, width) < 1:
         raise DecodeError(
             f"expected at least one voxel an axis after resampling, found {(depth, height, width)} from "
@@ -57,13 +82,130 @@ def resample_linear(volume_DHW: npt.NDArray[np.float32], shape_DHW: Shape) -> np
     """
     if volume_DHW.shape == shape_DHW:
         return volume_DHW
+    taps = [
+        None if size == wanted else _linear_taps(size, wanted)
+        for size, wanted in zip(volume_DHW.shape, shape_DHW, strict=True)
+    ]
+    return _interpolate(volume_DHW, taps, shape_DHW)
+
+
+def grid_places(shape_DHW: Sequence[int], wanted_DHW: Shape, step_DHW: Sequence[float]) -> Places:
+    """Where the voxels of the output grid lie in the source; image and label share these places.
+
+    Output voxel i of an axis lies at ``(in - 1) / 2 + (i - (out - 1) / 2) * step``: the grid is centred on the source.
+    Places within `SLACK` of half a voxel's multiple are that multiple, so where nothing is to be resampled, voxels are
+    copied as they are.
+
+    Args:
+        shape_DHW: the source's voxels along each axis.
+        wanted_DHW: the output's.
+        step_DHW: distance of neighbouring output voxels, in source voxels.
+    """
+    depth, height, width = (
+        snapped((size - 1) / 2 + (np.arange(wanted) - (wanted - 1) / 2) * step)
+        for size, wanted, step in zip(shape_DHW, wanted_DHW, step_DHW, strict=True)
+    )
+    return depth, height, width
+
+
+def snapped(place: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+    """Places within `SLACK` of a multiple of half a voxel, put onto it."""
+    half = np.rint(2 * place) / 2
+    return np.where(np.abs(place - half) <= SLACK, half, place)
+
+
+def linear_at(volume_DHW: npt.NDArray[np.float32], places: Places) -> npt.NDArray[np.float32]:
+    """Trilinear interpolation at `places`; beyond the outermost voxels, their values go on.
+
+    Args:
+        volume_DHW: (D, H, W) float32.
+        places: of the output's voxels.
+
+    Returns:
+        A new array (len of each axis of `places`), float32.
+    """
+    depth, height, width = map(len, places)
+    taps = [_taps_at(size, place) for size, place in zip(volume_DHW.shape, places, strict=True)]
+    return _interpolate(volume_DHW, taps, (depth, height, width))
+
+
+def label_at(label_DHW: npt.NDArray[np.uint8], places: Places) -> npt.NDArray[np.uint8]:
+    """The class with the largest share of the trilinear weights at each of `places`.
+
+    A label's edge comes to lie where an image of the same structure crosses one half. The nearest voxel would be up to
+    half a voxel off along each axis. See `largest` about equal shares.
+
+    Args:
+        label_DHW: (D, H, W) uint8.
+        places: of the output's voxels.
+
+    Returns:
+        A new array (len of each axis of `places`), uint8; it has no value that `label_DHW` has not.
+    """
+    below, above, weight = _taps_at(label_DHW.shape[0], places[0])
+    rows, columns = (_taps_at(size, place) for size, place in zip(label_DHW.shape[1:], places[1:], strict=True))
+    shape_HW = len(places[1]), len(places[2])
+    flat: list[tuple[int, npt.NDArray[np.float32]]] = []
+    for value in labels_in(label_DHW):
+        share = np.zeros((label_DHW.shape[0], *shape_HW), np.float32)
+        for label_HW, out_HW in zip(label_DHW, share, strict=True):
+            voxels_HW = label_HW == value
+            if voxels_HW.any():
+                out_HW[...] = _linear_along(_linear_along(voxels_HW, 1, columns), 0, rows)
+        flat.append((value, share))
+    result = np.empty((len(places[0]), *shape_HW), np.uint8)
+    for d in range(len(result)):
+        shares = [(v, share[below[d]] * (np.float32(1) - weight[d]) + share[above[d]] * weight[d]) for v, share in flat]
+        result[d] = largest(shares, shape_HW, odd=d % 2)
+    return result
+
+
+def labels_in(label_DHW: npt.NDArray[np.uint8]) -> list[int]:
+    """The values above 0 that a label has, in ascending order."""
+    return [value for value in range(1, int(label_DHW.max(initial=0)) + 1) if (label_DHW == value).any()]
+
+
+def largest(
+    shares: Sequence[tuple[int, npt.NDArray[np.float32]]], shape_HW: tuple[int, int], odd: int
+) -> npt.NDArray[np.uint8]:
+    """The class with the largest share of each voxel of a slice.
+
+    Where two classes have equal shares, every second voxel takes the higher one, as on a chessboard. Always taking one
+    would make structures grow or shrink by half a voxel on each side when the spacing doubles, and taking the nearest
+    voxel would shift them.
+
+    Args:
+        shares: each class above 0, in ascending order, and its share (H, W) of each voxel; the rest is class 0's.
+        shape_HW: of the slice.
+        odd: 1 to begin the chessboard with its other colour.
+
+    Returns:
+        The classes, (H, W) uint8.
+    """
+    result = np.zeros(shape_HW, np.uint8)
+    most = np.float32(1) - sum((share for _, share in shares), start=np.zeros(shape_HW, np.float32))
+    second = np.add.outer(np.arange(shape_HW[0]) + odd, np.arange(shape_HW[1])) % 2 == 1
+    for value, share in shares:
+        lead = share - most
+        result[(lead > SLACK) | ((lead >= -SLACK) & second)] = value
+        np.maximum(most, share, out=most)
+    return result
+
+
+_Taps = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float32]]
+
+
+def _interpolate(
+    volume_DHW: npt.NDArray[np.float32], taps: Sequence[_Taps | None], shape_DHW: Shape
+) -> npt.NDArray[np.float32]:
+    """Interpolate along the three axes; None for an axis that stays as it is."""
     depth, height, width = shape_DHW
     flat = np.empty((volume_DHW.shape[0], height, width), np.float32)
     for slab_HW, out_HW in zip(volume_DHW, flat, strict=True):
-        out_HW[...] = _linear_along(_linear_along(slab_HW, 1, width), 0, height)
-    if volume_DHW.shape[0] == depth:
+        out_HW[...] = _linear_along(_linear_along(slab_HW, 1, taps[2]), 0, taps[1])
+    if taps[0] is None:
         return flat
-    below, above, weight = _linear_taps(volume_DHW.shape[0], depth)
+    below, above, weight = taps[0]
     result = np.empty(shape_DHW, np.float32)
     for d in range(depth):
         np.multiply(flat[below[d]], np.float32(1) - weight[d], out=result[d])
@@ -96,7 +238,14 @@ def pad_edge(volume_DHW: npt.NDArray[_Scalar], minimum_DHW: Shape) -> npt.NDArra
     return np.pad(volume_DHW, [(lack // 2, lack - lack // 2) for lack in lacking], mode="edge")
 
 
-def _linear_taps(size: int, wanted: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float32]]:
+def _taps_at(size: int, place: npt.NDArray[np.float64]) -> _Taps:
+    """For each place: the two voxels it lies between, and the weight of the second."""
+    inside = np.clip(place, 0, size - 1)
+    below = np.floor(inside).astype(np.int64)
+    return below, np.minimum(below + 1, size - 1), (inside - below).astype(np.float32)
+
+
+def _linear_taps(size: int, wanted: int) -> _Taps:
     """For each output voxel: the two input voxels it lies between, and the weight of the second."""
     step = np.float32(size - 1) / np.float32(wanted - 1) if wanted > 1 else np.float32(0)
     place = np.arange(wanted, dtype=np.float32) * step
@@ -104,15 +253,16 @@ def _linear_taps(size: int, wanted: int) -> tuple[npt.NDArray[Any], npt.NDArray[
     return below, np.minimum(below + 1, size - 1), np.clip(place - below.astype(np.float32), 0, 1)
 
 
-def _linear_along(plane: npt.NDArray[np.float32], axis: int, wanted: int) -> npt.NDArray[np.float32]:
+def _linear_along(
+    plane: npt.NDArray[np.float32] | npt.NDArray[np.bool_], axis: int, taps: _Taps | None
+) -> npt.NDArray[Any]:
     """Resample one axis of a 2-D plane."""
-    size = plane.shape[axis]
-    if size == wanted:
+    if taps is None:
         return plane
-    below, above, weight = _linear_taps(size, wanted)
+    below, above, weight = taps
     if axis == 0:
         weight = weight[:, None]
-    result = plane.take(below, axis) * (np.float32(1) - weight)
+    result: npt.NDArray[np.float32] = plane.take(below, axis) * (np.float32(1) - weight)
     result += plane.take(above, axis) * weight
     return result
 

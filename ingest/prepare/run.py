@@ -14,10 +14,10 @@ import numpy as np
 from ..errors import ConfigError
 from ..stores.base import open_store
 from .case import IMAGES, LABELS, CaseSource
-from .kits19 import FIRST_UNLABELLED, Kits19Source, check_files, find_cases, import_nibabel
+from .kits19 import FIRST_UNLABELLED, Kits19Source, OnMismatch, check_files, find_cases, import_nibabel
 from .mni152 import Mni152Source, load_template
 from .output import Job, claim, list_pairs, plan_jobs, run_job
-from .resample import Shape, Spacing
+from .resample import Resample, Shape, Spacing
 
 KITS19_SPACING_MM: Spacing = (1.6, 1.2, 1.2)
 KITS19_SHAPE: Shape = (128, 128, 128)
@@ -64,6 +64,17 @@ class PrepareConfig:
     """Voxels along D, H and W. kits19: what smaller volumes are padded to; None: 128 128 128. mni152: what
     every volume has; None: 48 48 48."""
 
+    resample: Resample = "grid"
+    """`grid`: image and label on one grid, voxels exactly --spacing apart; the label takes the class with the largest
+    share of each voxel. `mlperf`, kits19 only: MLPerf's own two formulas, for its published result. There the image
+    keeps its corner voxels, the label takes the voxel before each place, and comes out about half a source voxel away
+    from its image. mni152 draws image and label on one grid in any case."""
+
+    on_mismatch: OnMismatch = "fail"
+    """kits19: about a label that does not lie on its image's grid by the two affines and shapes. `fail`: stop and
+    print both. `resample`: put it onto the image's grid in world coordinates. A label of which a part lies outside the
+    image is refused either way."""
+
     workers: int | None = None
     """Cases made at the same time, each in a Ray task. None: as many as the cluster has CPUs for. 0: in this
     process, without Ray."""
@@ -99,6 +110,20 @@ class PrepareConfig:
                 )
             if len(self.spacing) != 3 or not all(0 < size < float("inf") for size in self.spacing):
                 raise ConfigError(f"expected a --spacing of three numbers above 0 mm, found {self.spacing}")
+        if self.resample not in ("grid", "mlperf"):
+            raise ConfigError(f"expected --resample grid or mlperf, found {self.resample!r}; choose one of them")
+        if self.on_mismatch not in ("fail", "resample"):
+            raise ConfigError(f"expected --on-mismatch fail or resample, found {self.on_mismatch!r}; choose one")
+        if self.source == "mni152" and self.resample != "grid":
+            raise ConfigError(
+                f"expected --resample grid for mni152, found {self.resample!r}; leave it out: MLPerf's formulas "
+                "are those of kits19"
+            )
+        if self.source == "mni152" and self.on_mismatch != "fail":
+            raise ConfigError(
+                f"expected no --on-mismatch for mni152, found {self.on_mismatch!r}; leave it out: image and label are "
+                "drawn on one grid"
+            )
         least = MNI152_SMALLEST if self.source == "mni152" else 1
         if self.shape is not None and (len(self.shape) != 3 or min(self.shape) < least):
             raise ConfigError(
@@ -113,6 +138,7 @@ class PrepareConfig:
             "input": str(Path(self.input).absolute()) if self.input else None,
             "seed": self.seed,
             "spacing": list(self.spacing or KITS19_SPACING_MM) if kits19 else None,
+            **({"resample": self.resample} if kits19 else {}),
             "shape": list(self.shape or (KITS19_SHAPE if kits19 else MNI152_SHAPE)),
             "cases": cases,
             "copies": self.copies,
@@ -195,6 +221,8 @@ def _open_source(config: PrepareConfig) -> CaseSource:
             folder=str(Path(config.input or "").absolute()),
             spacing_mm=config.spacing or KITS19_SPACING_MM,
             shape=config.shape or KITS19_SHAPE,
+            resample=config.resample,
+            on_mismatch=config.on_mismatch,
         )
     shape_DHW = config.shape or MNI152_SHAPE
     return Mni152Source(template=load_template(shape_DHW), shape=shape_DHW, seed=config.seed)

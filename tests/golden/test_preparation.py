@@ -55,7 +55,13 @@ def test_a_case_equals_the_transcription(tmp_path: Path, name: str) -> None:
     folder.mkdir(parents=True)
     for array, file in ((image, "imaging.nii.gz"), (label, "segmentation.nii.gz")):
         nibabel.save(nibabel.Nifti1Image(array, np.diag([*spacing, 1.0])), folder / file)
-    settings = {"source": "kits19", "input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "workers": 0}
+    settings = {
+        "source": "kits19",
+        "input": str(tmp_path / "in"),
+        "output": str(tmp_path / "out"),
+        "workers": 0,
+        "resample": "mlperf",
+    }
     prepare(PrepareConfig(**settings, spacing=TARGET, shape=LEAST))
     x = np.load(tmp_path / "out" / "images" / "case_00000_x.npy", allow_pickle=False)
     y = np.load(tmp_path / "out" / "labels" / "case_00000_y.npy", allow_pickle=False)

@@ -67,7 +67,7 @@ def test_cases_follow_the_formulas_at_odd_spacings_and_shapes(tmp_path, target) 
         write_case(tmp_path / "in", case, image=image, label=label, spacing=spacing)
         cases.append((image, label, spacing))
     minimum = (17, 20, 15)
-    run(tmp_path / "in", tmp_path / "out", spacing=target, shape=minimum)
+    run(tmp_path / "in", tmp_path / "out", spacing=target, shape=minimum, resample="mlperf")
     for case, (image, label, spacing) in enumerate(cases):
         x, y = load(tmp_path / "out", f"case_{case:05d}")
         expected_x, expected_y = transcription(image, label, spacing, target, minimum)
@@ -157,7 +157,7 @@ def test_a_volume_that_is_not_3_d_is_refused(tmp_path) -> None:
 
 def test_image_and_label_of_two_shapes_are_refused_with_both(tmp_path) -> None:
     write_case(tmp_path / "in", 0, image=np.zeros((4, 4, 4)), label=np.zeros((4, 4, 5)))
-    expect(DecodeError, r"\(4, 4, 4\) and label\s+\(4, 4, 5\)", tmp_path / "in", tmp_path / "out")
+    expect(DecodeError, r"\(4, 4, 4\) with affine .* label \(4, 4, 5\)", tmp_path / "in", tmp_path / "out")
 
 
 def test_a_label_of_another_class_is_refused_with_its_value(tmp_path) -> None:
@@ -165,6 +165,30 @@ def test_a_label_of_another_class_is_refused_with_its_value(tmp_path) -> None:
     label[1, 2, 3] = 7
     write_case(tmp_path / "in", 0, image=np.zeros((4, 4, 4)), label=label)
     expect(DecodeError, r"labels 0, 1 and 2, found also \[7", tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("label", "said", "follow"),
+    [
+        ([[0, 255]], "it is a mask of 0 and 255", lambda label: label == 255),
+        ([[-1, 2]], "find out what -1 means", lambda label: np.where(label == -1, 0, label)),
+        ([[0, 0.99999994]], "to be rounded, not cut", np.rint),
+        ([[0, 7]], "map each value to its class", lambda label: np.where(label == 7, 2, label)),
+    ],
+)
+def test_a_label_of_a_common_mistake_is_prepared_once_its_advice_is_followed(tmp_path, label, said, follow) -> None:
+    label = np.broadcast_to(np.float32(label), (4, 4, 2))
+    place = tmp_path / "in" / "case_00000"
+    write_case(tmp_path / "in", 0, image=np.zeros((4, 4, 2)), label=np.zeros((4, 4, 2)), spacing=(1, 1, 1))
+    nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), place / "segmentation.nii.gz")
+    settings = {"spacing": (1, 1, 1), "shape": (1, 1, 1)}
+    with pytest.raises(DecodeError, match=said) as caught:
+        run(tmp_path / "in", tmp_path / "out", **settings)
+    assert "--data." not in str(caught.value)
+    mended = np.uint8(follow(label))
+    nibabel.save(nibabel.Nifti1Image(mended, np.eye(4)), place / "segmentation.nii.gz")
+    run(tmp_path / "in", tmp_path / "out", **settings)
+    np.testing.assert_array_equal(load(tmp_path / "out", "case_00000")[1][0], mended)
 
 
 def test_voxels_that_are_not_finite_are_refused_with_their_number(tmp_path) -> None:

@@ -100,6 +100,15 @@ def test_where_the_manifest_has_shapes_a_volume_that_is_thin_on_one_axis_is_foun
         check_smallest(policy(QUARANTINE, patch=16), manifest)
 
 
+def test_an_image_with_its_channels_last_is_called_so_and_not_too_small_for_the_patch(root):
+    image, _ = files_of(root, 1)
+    image.write_bytes(npy_bytes(np.zeros((9, 9, 9, 1), np.float32)))
+    manifest = listed(root)
+    with pytest.raises(DecodeError, match=r"found 9 channels in shape \(9, 9, 9, 1\); the channels seem to stand last"):
+        check_smallest(policy(FAIL), manifest)
+    assert "the channels seem to stand last" in check_smallest(policy(QUARANTINE), manifest)
+
+
 def test_a_case_without_a_shape_in_a_manifest_with_shapes_is_read(root):
     ruin(root, 1, "not-npy")
     manifest, _ = look_up_cases(listed(root))
