@@ -15,6 +15,7 @@ from .decode import (
     LABEL_DTYPE,
     DecodeConfig,
     LabelMap,
+    check_channels,
     check_finite,
     check_values,
     decode_case,
@@ -74,6 +75,7 @@ def look_at(
     if label_1DHW is not None:
         attempt(lambda: check_values(label_1DHW, config, label_name))
     if image_CDHW is not None:
+        attempt(lambda: check_channels(image_CDHW.shape, config, image_name))
         attempt(lambda: check_finite(image_CDHW, image_name))
     voxels = image_CDHW if image_CDHW is not None or isinstance(image, StoreError) else _any_array(image)
     return Look(list(faults.values()), voxels, label_1DHW)

@@ -109,8 +109,8 @@ def _with_boxes(manifest: Manifest, store: StoreConfig, policy: BadCaseConfig | 
     if not all(policy.takes(entry.error) for entry in bad):
         raise BadCasesError(
             f"expected to read all {len(manifest):,} cases, found {len(bad):,} that cannot be read; no manifest was "
-            f"saved. Mend or remove these, or keep them for runs to leave out, with {command}--on-bad quarantine:\n"
-            f"{named}"
+            "saved. Mend these or move them away, or keep them for runs to leave out, with "
+            f"{command}--on-bad quarantine:\n{named}"
         )
     budget = policy.budget(len(manifest))
     if len(bad) > budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import math
@@ -199,7 +200,11 @@ def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any
 def _dtype_found(data: Buffer, header: NpyHeader, offset: int, dtype: np.dtype[Any]) -> str:
     """What there is of another dtype, and what to check and do about it, for a message."""
     found, count = header.dtype, math.prod(header.shape)
-    whole = count > 0 and len(data) == offset + count * found.itemsize
+    expected_bytes = offset + count * found.itemsize
+    if gunzip.is_gzip(data) and expected_bytes <= gunzip.MOST_BYTES:
+        with contextlib.suppress(ValueError):  # damaged: then the message tells the type alone
+            data = gunzip.gunzip(data, expected_bytes)
+    whole = count > 0 and len(data) == expected_bytes
     seen = None
     if found.kind in "biuf" and whole:
         seen = mistakes.look_at(np.frombuffer(data, dtype=found, count=count, offset=offset))

@@ -219,3 +219,15 @@ def test_images_to_predict_that_are_named_npy_gz_are_found_by_the_pattern_that_i
     assert "2 of 4 objects are .npy by their name and are left out" in record.message
     _, pattern = options_in(record.message.replace("--pattern, e.g.", "--pattern"))
     assert [image.case_id for image in list_images(str(tmp_path), pattern=pattern)] == ["a", "b", "c"]
+
+
+def test_the_hint_about_a_type_looks_at_the_values_of_a_compressed_array_too() -> None:
+    label = npy((VOLUME % 3).astype(np.int64))
+    messages = []
+    for stored in (label, gzip.compress(label)):
+        with pytest.raises(DecodeError, match="found int64 with values from 0 to 2") as caught:
+            read_array(stored, "x", np.dtype(np.uint8))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    with pytest.raises(DecodeError, match="found int64; "):
+        read_array(gzip.compress(label)[:-9], "x", np.dtype(np.uint8))
