@@ -26,7 +26,7 @@ from pathlib import Path
 
 TARGETS = {
     "rank": r"^ray::RayTrainWorker|^ray::.*train_loop|^ray::_RayTrainWorker",
-    "data worker": r"^ray::(Read|MapBatches|Map|fetch|_?map)",
+    "data worker": r"^ray::(Read|MapBatches|Map|fetch|_?map)|^ray::IDLE",
     "coordinator": r"^ray::SplitCoordinator",
     "controller": r"^ray::TrainController",
     "monitor": r"^ray::RunMonitor",
@@ -36,7 +36,7 @@ TARGETS = {
 }
 """By name: what the command line of such a process matches; Ray gives its workers titles."""
 
-STUCK_S = 150.0
+STUCK_S = 300.0
 """A run that neither ends nor takes a step for so long is stuck. Starting a cluster and a run takes about 30 s."""
 
 STEPS_BETWEEN = (2, 15)
@@ -58,12 +58,16 @@ class Chaos:
         folder: of the run, its data and its ledger.
         draw: decides what is killed, and when.
         say: is told what happens.
+        kills: what was killed.
+        seen: pids of the run's processes.
+        resumed: how often the run had ended.
     """
 
     folder: Path
     draw: random.Random
     say: Callable[[str], None]
     kills: list[str] = dataclasses.field(default_factory=list)
+    seen: set[int] = dataclasses.field(default_factory=set)
     resumed: int = 0
 
     def run(self, seconds: float, targets: list[str]) -> None:
@@ -101,7 +105,7 @@ class Chaos:
 
     def go_on(self, ended: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
         """Resume a run whose driver has ended, once all of its processes have."""
-        self.wait(lambda: not of_session(ended.pid), f"the processes of the run that ended: {of_session(ended.pid)}")
+        self.wait_for_end_of_all(ended)
         self.resumed += 1
         self.say(f"  the run ended with status {ended.returncode}; resuming")
         begun = (self.folder / "run" / "recipe.json").exists()
@@ -109,7 +113,8 @@ class Chaos:
 
     def kill(self, process: subprocess.Popen[bytes], target: str) -> None:
         """Kill one process of a kind, if there is one at this instant."""
-        there = sorted(of_session(process.pid).items())
+        there = sorted(of_run(process.pid).items())
+        self.seen |= {pid for pid, _ in there}
         found = [pid for pid, title in there if re.search(TARGETS[target], title)]
         if target == "driver":
             found = [process.pid]
@@ -139,7 +144,13 @@ class Chaos:
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         self.wait(lambda: process.poll() is not None, "the run to save and stop")
-        self.wait(lambda: not of_session(process.pid), f"its processes to end: {of_session(process.pid)}")
+        self.wait_for_end_of_all(process)
+
+    def wait_for_end_of_all(self, ended: subprocess.Popen[bytes]) -> None:
+        """Wait until no process of a run is left whose driver has ended."""
+        self.wait(
+            lambda: not of_run(ended.pid) and not self.seen & processes().keys(), "no process of a run that has ended"
+        )
 
     def audit(self) -> None:
         """Hold the run to its ledger."""
@@ -150,20 +161,38 @@ class Chaos:
         rows = json.loads((self.folder / "run" / "metrics.json").read_text())
         epochs = [row["epoch"] for row in rows]
         assert epochs == list(range(len(epochs))), f"expected a row an epoch, found {epochs}"
-        unscored = [row["epoch"] for row in rows if (row["epoch"] + 1) % 3 == 0 and row["mean_dice"] is None]
+        unscored = [row["epoch"] for row in rows if row["epoch"] % 3 == 0 and row["mean_dice"] is None]
         assert not unscored, f"expected every third epoch scored, found no score of {unscored}"
 
 
-def of_session(session: int) -> dict[int, str]:
-    """By pid, the command lines of the processes that a driver started in a session of its own, and of itself."""
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """A process as /proc has it."""
+
+    parent: int
+    session: int
+    command: str
+
+
+def processes() -> dict[int, Process]:
+    """All processes of the machine by pid, without those that only wait to be reaped."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            status = (folder / "stat").read_text().rpartition(") ")[2].split()
-            if status[0] != "Z" and int(status[3]) == session:
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                found[int(folder.name)] = command.strip()
+            state, parent, _, session = (folder / "stat").read_text().rpartition(") ")[2].split()[:4]
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            if state != "Z":
+                found[int(folder.name)] = Process(int(parent), int(session), command)
     return found
+
+
+def of_run(driver: int) -> dict[int, str]:
+    """The command lines, by pid, of a driver in a session of its own, and of all that it started."""
+    there = processes()
+    found = {pid for pid, process in there.items() if process.session == driver}
+    while more := {pid for pid, process in there.items() if process.parent in found} - found:
+        found |= more
+    return {pid: there[pid].command for pid in found}
 
 
 def main() -> None:
