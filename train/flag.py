@@ -32,7 +32,8 @@ class _Flag:
 
 def make_flag() -> Any:
     """The run's stop flag, to be handed to the ranks."""
-    return ray.remote(_Flag).options(num_cpus=0, max_restarts=-1).remote()
+    # What it is asked while it starts again is asked again: all of it may be asked twice.
+    return ray.remote(_Flag).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
 
 
 def give_up(flag: Any | None, error: BaseException) -> None:

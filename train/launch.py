@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import ray
@@ -35,6 +37,7 @@ from . import preflight
 from .check_folder import check_run_folder
 from .checkpoint import read_position
 from .config import Recipe
+from .disk_full import disk_full
 from .finish import ending, leave_behind
 from .flag import make_flag
 from .follow import following
@@ -45,7 +48,9 @@ from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
 from .nodes import alive_nodes, check_visible, gpus_of_machine, with_readers
 from .planned import datasets_of, most_together
+from .ray_compat import FailureCallback
 from .report import epoch_table
+from .restarts import Restarts
 from .resume_rules import Change, record
 from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, resolve_run_dir
 from .run_storage import storage_of
@@ -201,6 +206,9 @@ def fit(
     recipe = job.recipe
     ranks = recipe.trainer.num_workers
     storage = storage_of(run_dir, recipe.data.store)
+    named = functools.partial(disk_full, job=job)
+    restarts = Restarts(run_dir, recipe.trainer.max_failures, job.monitor, job.stop_flag, named)
+    callbacks: list[Any] = [MetricsWriter(run_dir, job.monitor, listing_s), FailureCallback(restarts)]
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
@@ -219,14 +227,14 @@ def fit(
             storage_filesystem=storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=recipe.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.trainer.checkpoints_kept),
-            callbacks=[MetricsWriter(run_dir, job.monitor, listing_s)],  # type: ignore[list-item]  # Ray's stub speaks of Train V1
+            callbacks=callbacks,
         ),
     )
     try:
         with environment({name: value for name, value in controller_settings().items() if name not in os.environ}):
             return trainer.fit()
     except Exception as error:
-        ours = own_error(error)
+        ours = disk_full(error, job) or own_error(error)
         if ours is not None:
             raise ours from error
         raise

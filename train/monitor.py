@@ -13,7 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # longest wait for an answer of the monitor
+TOLD = ("start", "fault")  # kinds of events that those who follow a run are told of as they happen
 RETRIES_TOGETHER_S = 10.0  # retries within this are one event
 
 
@@ -81,6 +82,18 @@ class Progress:
     quarantined: int = 0
 
 
+class Mark(NamedTuple):
+    """How far somebody has followed what a run's monitor tells.
+
+    Attributes:
+        life: of the monitor's process: one that was started again counts anew.
+        number: of events so far.
+    """
+
+    life: str
+    number: int
+
+
 class RunMonitor:
     """The monitor itself; an actor where `start_monitor` makes it. Its calls come one after the other."""
 
@@ -96,6 +109,8 @@ class RunMonitor:
         self._gauges = Gauges(run_dir.rstrip("/").rpartition("/")[2]) if gauges is None else gauges
         self._board = self._make_board() if tensorboard else None
         self._events = read_events(run_dir)
+        self._life = uuid.uuid4().hex
+        self._told: list[Event] = []
         self._start = ""
         self._work: dict[int, EpochWork] = {}
         self._retries: dict[int, dict[str, int]] = {}
@@ -118,7 +133,8 @@ class RunMonitor:
         self._work = {of: work for of, work in self._work.items() if of <= epoch}
         self._retries = {of: counts for of, counts in self._retries.items() if of <= epoch}
         self._gauges.count("voxflux_starts", 1)
-        at = f"{ranks} ranks begin epoch {epoch + 1} at step {step}"
+        who = "1 rank begins" if ranks == 1 else f"{ranks} ranks begin"
+        at = f"{who} epoch {epoch + 1} at step {step}"
         self.event("start", f"{at}, from {checkpoint}" if checkpoint else at)
 
     def work(self, work: Work) -> None:
@@ -204,8 +220,23 @@ class RunMonitor:
 
     def event(self, kind: str, text: str) -> None:
         """Something befell the run."""
-        self._events.append(Event(time.time(), kind, text))
+        event = Event(time.time(), kind, text)
+        self._events.append(event)
+        if kind in TOLD:
+            self._told.append(event)
         self._keep_events()
+
+    def told_since(self, mark: Mark | None) -> tuple[Mark, list[Event]]:
+        """What there is to tell those who follow the run: its starts and faults, each once.
+
+        Args:
+            mark: of the answer before; None gives all that this process was told of.
+
+        Returns:
+            The mark for the next call, and the events since the last one.
+        """
+        seen = mark.number if mark is not None and mark.life == self._life else 0
+        return Mark(self._life, len(self._told)), self._told[seen:]
 
     def work_of(self, epoch: int) -> EpochWork:
         """What the data workers have done in an epoch so far."""
