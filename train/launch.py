@@ -49,6 +49,7 @@ from .monitor import start_monitor
 from .nodes import alive_nodes, check_visible, gpus_of_machine, with_readers
 from .planned import datasets_of, most_together
 from .ray_compat import FailureCallback
+from .ray_record import drop_damaged_record
 from .report import epoch_table
 from .restarts import Restarts
 from .resume_rules import Change, record
@@ -206,6 +207,8 @@ def fit(
     recipe = job.recipe
     ranks = recipe.trainer.num_workers
     storage = storage_of(run_dir, recipe.data.store)
+    if (dropped := drop_damaged_record(run_dir)) is not None and job.monitor is not None:
+        job.monitor.tell("event", "warning", dropped)
     named = functools.partial(disk_full, job=job)
     restarts = Restarts(run_dir, recipe.trainer.max_failures, job.monitor, job.stop_flag, named)
     callbacks: list[Any] = [MetricsWriter(run_dir, job.monitor, listing_s), FailureCallback(restarts)]

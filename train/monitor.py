@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # longest wait for an answer of the monitor
-TOLD = ("start", "fault")  # kinds of events that those who follow a run are told of as they happen
+TOLD = ("start", "fault", "warning")  # kinds of events that those who follow a run are told of as they happen
 RETRIES_TOGETHER_S = 10.0  # retries within this are one event
 
 
@@ -227,7 +227,7 @@ class RunMonitor:
         self._keep_events()
 
     def told_since(self, mark: Mark | None) -> tuple[Mark, list[Event]]:
-        """What there is to tell those who follow the run: its starts and faults, each once.
+        """What there is to tell those who follow the run: its starts, faults and warnings, each once.
 
         Args:
             mark: of the answer before; None gives all that this process was told of.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import ray._private.worker
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.callback import ControllerCallback
+
+RECORD_FILE = CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+"""Ray's own record of a run's checkpoints, in the run's folder. Ray replaces it in place, not in one step."""
 
 
 class FailureCallback(ControllerCallback):
@@ -39,3 +44,14 @@ def session_folder() -> str | None:
     """
     node = getattr(ray._private.worker, "_global_node", None)
     return None if node is None else str(node.get_session_dir_path())
+
+
+def recorded_checkpoints(record: bytes) -> list[str]:
+    """The names of the checkpoints that Ray's record holds, which must all be there when Ray reads it.
+
+    Test: `test_a_run_whose_disk_filled_up_while_ray_wrote_its_record_can_be_resumed`.
+
+    Raises:
+        ValueError, KeyError, TypeError: Ray could not read it.
+    """
+    return [str(each["checkpoint_dir_name"]) for each in json.loads(record)["checkpoint_results"]]
