@@ -17,6 +17,7 @@ from .metrics import Row, read_metrics
 from .monitor import Mark, Monitor
 from .monitor import Progress as RunProgress
 from .plain_json import is_figure
+from .stop import Stopped
 from .tracking import MlflowRun
 
 POLL_S = 1.0
@@ -64,13 +65,16 @@ def progress_text(now: RunProgress, epochs: int) -> str:
 
 
 @contextlib.contextmanager
-def following(job: LoopJob, console: Console, tracked: MlflowRun | None = None) -> Iterator[None]:
+def following(
+    job: LoopJob, console: Console, tracked: MlflowRun | None = None, stopped: Stopped | None = None
+) -> Iterator[None]:
     """Print a line for each start, failure and epoch as it happens; in a terminal, show the progress below them.
 
     Args:
         job: the run.
         console: is printed to.
         tracked: takes the rows too; when this ends, it has been given all.
+        stopped: once it has a signal, the stop flag is set again and again: one that died has forgotten it.
     """
     done = threading.Event()
     epochs = job.recipe.trainer.epochs
@@ -85,6 +89,8 @@ def following(job: LoopJob, console: Console, tracked: MlflowRun | None = None) 
         while not finished:
             finished = done.wait(POLL_S)
             told.show()
+            if stopped is not None and stopped.signal_number is not None and not finished:
+                job.stop_flag.set.remote()
             with contextlib.suppress(IngestError):  # a place that does not answer now is asked again
                 rows = read_metrics(job.run_dir)
                 for row in rows[shown:]:

@@ -51,7 +51,7 @@ from .planned import datasets_of, most_together
 from .ray_compat import FailureCallback
 from .ray_record import drop_damaged_record
 from .report import epoch_table
-from .restarts import Restarts
+from .restarts import Restarts, process_died
 from .resume_rules import Change, record
 from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, resolve_run_dir
 from .run_storage import storage_of
@@ -146,8 +146,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         # Also of a run that goes on, whose settings may have changed as far as `resume_rules` allows.
         open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
         bad = recipe.data.bad
-        quarantine = start_quarantine(run_dir, bad, len(manifest)) if bad.quarantines else None
         monitor = start_monitor(run_dir, tensorboard=recipe.trainer.tensorboard)
+        quarantine = start_quarantine(run_dir, bad, len(manifest), monitor.warn) if bad.quarantines else None
         job = LoopJob(
             recipe=recipe,
             run_dir=run_dir,
@@ -155,7 +155,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             train_cases=len(train),
             together=most_together(recipe, manifest, train),
             total_cases=len(manifest),
-            stop_flag=make_flag(),
+            stop_flag=make_flag(monitor.warn),
             quarantine=quarantine,
             monitor=monitor,
         )
@@ -185,7 +185,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
             on_signals(ask) as stopped,
             ending(run_dir, monitor, console),
             tracked(tracking, recipe, run_dir, console, stopped) as mlflow_run,
-            following(job, console, mlflow_run),
+            following(job, console, mlflow_run, stopped),
         ):
             result = in_thread(lambda: fit(job, manifest, train, run_dir, use_gpu=use_gpu, listing_s=listing_s))
         rows = read_metrics(run_dir)
@@ -208,7 +208,7 @@ def fit(
     ranks = recipe.trainer.num_workers
     storage = storage_of(run_dir, recipe.data.store)
     if (dropped := drop_damaged_record(run_dir)) is not None and job.monitor is not None:
-        job.monitor.tell("event", "warning", dropped)
+        job.monitor.warn(dropped)
     named = functools.partial(disk_full, job=job)
     restarts = Restarts(run_dir, recipe.trainer.max_failures, job.monitor, job.stop_flag, named)
     callbacks: list[Any] = [MetricsWriter(run_dir, job.monitor, listing_s), FailureCallback(restarts)]
@@ -237,7 +237,7 @@ def fit(
         with environment({name: value for name, value in controller_settings().items() if name not in os.environ}):
             return trainer.fit()
     except Exception as error:
-        ours = disk_full(error, job) or own_error(error)
+        ours = disk_full(error, job) or own_error(error) or process_died(error, run_dir)
         if ours is not None:
             raise ours from error
         raise

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ingest.actors import started_again
 from ingest.errors import IngestError
 from ingest.stores import open_store
 from ingest.tally import Work
@@ -118,6 +119,11 @@ class RunMonitor:
         self._pulses: dict[int, Pulse] = {}
         self._unexplained: dict[int, Pulse] = {}
         self._progress = Progress()
+        if started_again():
+            self.event(
+                "warning",
+                "the run's monitor died and was started again; its metrics count what it is told from now on",
+            )
 
     def _make_board(self) -> TensorBoard:
         from .boards import TensorBoard  # data workers load this module too, and have no use for it
@@ -208,7 +214,7 @@ class RunMonitor:
         self._keep_events()
         if self._board is not None:
             self._board.row(row)
-            with _warned("TensorBoard's logs"):
+            with self._warned("TensorBoard's logs"):
                 self._board.keep()
 
     def quarantined(self, cases: int) -> None:
@@ -255,7 +261,7 @@ class RunMonitor:
         self._keep_steps()
         self.event(kind, text)
         if self._board is not None:
-            with _warned("TensorBoard's logs"):
+            with self._warned("TensorBoard's logs"):
                 self._board.close()
             self._board = None
 
@@ -290,24 +296,26 @@ class RunMonitor:
 
     def _keep_steps(self) -> None:
         if self._records:
-            with _warned("records of steps, kept to be written with the next"):
+            with self._warned("records of steps, kept to be written with the next"):
                 write_steps(self._store, self._start or "0", self._records)
                 if self._board is not None:
                     self._board.steps(self._records)
                 self._records = []
 
     def _keep_events(self) -> None:
-        with _warned("events, kept to be written with the next"):
+        with self._warned("events, kept to be written with the next"):
             write_events(self._store, self._events)
 
-
-@contextlib.contextmanager
-def _warned(what: str) -> Iterator[None]:
-    """A record that cannot be written ends no run, but is told of in the log."""
-    try:
-        yield
-    except IngestError as error:
-        logger.warning("could not write the run's %s: %s", what, error)
+    @contextlib.contextmanager
+    def _warned(self, what: str) -> Iterator[None]:
+        """A record that cannot be written ends no run, but is logged, and told of once to those who follow the run."""
+        try:
+            yield
+        except (IngestError, OSError) as error:
+            words = f"could not write the run's {what}"
+            logger.warning("%s: %s", words, error)
+            if not any(event.text.startswith(words) for event in self._told):
+                self._told.append(Event(time.time(), "warning", f"{words}: {error}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,6 +344,10 @@ class Monitor:
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
             getattr(self._actor(), method).remote(*arguments)
 
+    def warn(self, text: str) -> None:
+        """Tell of something that the run survives, and that whoever follows it should know."""
+        self.tell("event", "warning", text)
+
     def ask(self, method: str, *arguments: object) -> Any:
         """Its answer; None where none comes in good time."""
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
@@ -362,6 +374,7 @@ def start_monitor(run_dir: str, *, tensorboard: bool = False) -> Monitor:
             namespace=context.namespace,
             num_cpus=0,
             max_restarts=-1,
+            max_task_retries=-1,  # what it is told while it is started again reaches it
             scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True),
         )
         .remote(run_dir, tensorboard=tensorboard)

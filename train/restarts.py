@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -119,12 +120,31 @@ def in_words(error: BaseException) -> str:
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
     if isinstance(inner, ray.exceptions.ActorDiedError):
         about = dict(line.split(": ", 1) for line in lines if line.count(": ") == 1)
-        name = about.get("name") or about.get("class_name") or "an actor"
+        made = re.search(r"ray::(\w+)", lines[0])  # of an actor whose making failed
+        name = about.get("name") or about.get("class_name") or (made[1] if made is not None else "an actor")
         pid = f", pid {about['pid']}" if "pid" in about else ""
         return f"the process of {name} died{pid}: {_why(lines[-1])}"[:LONGEST]
     if isinstance(inner, ray.exceptions.RayTaskError) and lines:
         return lines[-1][:LONGEST]  # of a traceback as text
     return _without_guesses(": ".join([type(inner).__name__, *lines[:1]]))[:LONGEST]
+
+
+def process_died(error: BaseException, run_dir: str) -> IngestError | None:
+    """What to end a run with whose controller or ranks were killed; None where it failed otherwise.
+
+    Args:
+        error: that `fit` raised.
+        run_dir: the run's folder, to go on with.
+    """
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {0: error}
+    if not all(_died(each) for each in failures.values()):
+        return None
+    who = failure_in_words(error) if isinstance(error, WorkerGroupError) else in_words(error)
+    return IngestError(
+        f"expected the processes of the run to live, found that {who}; look for what killed it (where memory ran out, "
+        f"`dmesg` says so), then go on with --trainer.resume {run_dir}; with --trainer.max-failures N, ranks are "
+        "started again without being asked"
+    )
 
 
 def _died(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import ray.exceptions
 import torch
+from rich.console import Console
 
 from ingest.errors import ConfigError, DiskFullError, StoreError
 from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig
 from ingest.progress import EpochPart
-from train import checkpoint, disk_full, loop, preflight
+from train import checkpoint, disk_full, finish, loop, preflight
 from train.config import Recipe, TrainerConfig
 from train.holdout import Holdout
 from train.ledger import Ledger
@@ -184,6 +186,17 @@ def test_a_rank_that_cannot_even_begin_ends_the_run_for_good_where_it_is_an_erro
     with pytest.raises(StoreError, match="expected a checkpoint"):
         loop.train_loop({"job": job})
     assert len(noted) == 1
+
+
+def test_a_run_that_is_done_is_not_lost_for_pictures_that_the_disk_has_no_room_for(job, monkeypatch):
+    def full(rows: list, file: Path) -> None:
+        raise NO_SPACE
+
+    monkeypatch.setattr(finish, "plot_curves", full)
+    monkeypatch.setattr(finish, "write_page", lambda run_dir: "page")
+    printed = io.StringIO()
+    assert finish.leave_behind(job, [], None, Console(file=printed, width=300), ended=True) == ([], "page")
+    assert "not all pictures were made: [Errno 28] No space left on device" in printed.getvalue()
 
 
 def test_a_run_that_goes_on_needs_no_room_for_the_checkpoints_that_are_there(job, free, tmp_path):

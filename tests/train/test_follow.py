@@ -13,6 +13,7 @@ from tests.train.test_monitor import Board
 from train import follow
 from train.follow import epoch_line, following, progress_text
 from train.monitor import Progress, RunMonitor
+from train.stop import Stopped
 
 ROW = {"epoch": 1, "train_loss": 0.5, "mean_dice": 0.75, "samples_per_s": 20.0, "stall_share": 0.25}
 
@@ -94,3 +95,24 @@ def test_starts_and_failures_are_printed_as_they_happen_in_a_terminal_and_in_a_l
         *(1, 0, 1, 1, 1)
     ]
     assert "not for the eye" not in text
+
+
+class Flag:
+    """A stop flag that has died and forgotten since it was set."""
+
+    def __init__(self) -> None:
+        self.again = threading.Event()
+        self.set = types.SimpleNamespace(remote=self.again.set)
+
+
+def test_a_stop_flag_is_set_anew_for_as_long_as_the_run_is_to_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "POLL_S", 0.01)
+    flag, stopped = Flag(), Stopped()
+    trainer = types.SimpleNamespace(epochs=3)
+    recipe = types.SimpleNamespace(trainer=trainer)
+    job = types.SimpleNamespace(monitor=None, run_dir=str(tmp_path), quarantine=None, recipe=recipe, stop_flag=flag)
+    with following(job, Console(quiet=True), stopped=stopped):
+        stopped.signal_number = 15
+        assert flag.again.wait(60)
+        flag.again.clear()
+        assert flag.again.wait(60)

@@ -15,7 +15,7 @@ from ray.train import ControllerError, PreemptionError, WorkerGroupError
 from ingest.errors import ConfigError, DiskFullError, IngestError
 from ingest.progress import EpochPart
 from train import restarts
-from train.restarts import Restarts, failure_in_words, in_words
+from train.restarts import Restarts, failure_in_words, in_words, process_died
 
 DIED = """The actor died unexpectedly before finishing this task.
 \tclass_name: {name}
@@ -164,3 +164,24 @@ def test_a_process_that_died_is_named():
     assert in_words(ray.exceptions.ActorDiedError()).startswith("the process of an actor died")
     assert in_words(KeyError("x")) == "KeyError: 'x'"
     assert in_words(DiskFullError("")) == "DiskFullError"
+
+
+def test_an_actor_that_could_not_be_made_is_named():
+    class UnmadeError(DiedError):
+        def __str__(self) -> str:
+            return (
+                "The actor died because of an error raised in its creation task, \x1b[36mray::_Book.__init__()\x1b[39m "
+                "(pid=7, ip=192.0.2.2)\nTraceback\n  File x\nOSError: no"
+            )
+
+    assert in_words(UnmadeError()) == "the process of _Book died: OSError: no"
+
+
+def test_a_run_whose_controller_or_ranks_were_killed_ends_with_their_name_and_the_way_to_go_on():
+    ended = process_died(DiedError("TrainController"), "/runs/one")
+    assert "found that the process of TrainController died, pid 5900: Worker unexpectedly exits" in str(ended)
+    assert "--trainer.resume /runs/one" in str(ended)
+    killed = ranks_failed(r0=HealthCheckError(DiedError()), r1=HealthCheckError(DiedError()))
+    assert "found that rank 0 failed (with rank 1): the process of RayTrainWorker" in str(process_died(killed, "/r"))
+    assert process_died(ranks_failed(r0=HealthCheckError(DiedError()), r1=RuntimeError("x")), "/r") is None
+    assert process_died(ControllerError(RuntimeError("x")), "/r") is None
