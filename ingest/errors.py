@@ -38,6 +38,23 @@ class UnreachableError(StoreError):
     """The store did not answer within the deadline: connection refused, reset, timed out, 429 or 5xx throughout."""
 
 
+class DiskFullError(StoreError):
+    """A disk, or a quota on one, has no room left: trying again does not help.
+
+    Attributes:
+        place: the path that could not be written; None where it is not known.
+        needed_bytes: room that is needed there; None where it is not known.
+    """
+
+    def __init__(self, message: str, place: str | None = None, needed_bytes: int | None = None) -> None:
+        super().__init__(message, place, needed_bytes)
+        self.place = place
+        self.needed_bytes = needed_bytes
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class ObjectError(StoreError):
     """One object is at fault, and the others may be well: what a quarantine may take."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from .actors import started_again
 from .errors import IngestError
 from .plan import Indices
 from .quarantine import BadCaseConfig, QuarantineBook, QuarantineEntry, over_budget
@@ -70,7 +72,18 @@ class QuarantineHandle:
             raise
 
 
-def start_quarantine(run_dir: str, config: BadCaseConfig, cases: int) -> QuarantineHandle:
+class _Book(QuarantineBook):
+    """The book in an actor, which tells when it had to be started again."""
+
+    def __init__(self, run_dir: str, budget: int, tell: Callable[[str], None] | None) -> None:
+        super().__init__(run_dir, budget)
+        if tell is not None and started_again():
+            tell("the run's quarantine died and was started again, with all cases that were put into it")
+
+
+def start_quarantine(
+    run_dir: str, config: BadCaseConfig, cases: int, tell: Callable[[str], None] | None = None
+) -> QuarantineHandle:
     """Start the run's quarantine, with the entries that the run's folder holds from before.
 
     The actor takes no CPU, runs on this node where it can (a local `run_dir` is here), starts again if it dies,
@@ -80,6 +93,7 @@ def start_quarantine(run_dir: str, config: BadCaseConfig, cases: int) -> Quarant
         run_dir: the run's folder or gs:// place.
         config: says the budget.
         cases: of the whole data set.
+        tell: is told, in the actor, when it had to be started again. Pickles.
 
     Raises:
         QuarantineBudgetError: the folder holds more entries than the budget allows.
@@ -90,7 +104,7 @@ def start_quarantine(run_dir: str, config: BadCaseConfig, cases: int) -> Quarant
     name = f"voxflux-quarantine-{uuid.uuid4().hex[:12]}"
     budget = config.budget(cases)
     keeper = (
-        ray.remote(QuarantineBook)
+        ray.remote(_Book)
         .options(
             name=name,
             namespace=context.namespace,
@@ -100,7 +114,7 @@ def start_quarantine(run_dir: str, config: BadCaseConfig, cases: int) -> Quarant
             max_task_retries=-1,  # all that it is asked may be asked twice
             scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True),
         )
-        .remote(run_dir, budget)
+        .remote(run_dir, budget, tell)
     )
     handle = QuarantineHandle(name, context.namespace, run_dir, keeper)
     found = handle.entries()

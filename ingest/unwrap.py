@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from .errors import IngestError
 
 
-def own_error(error: BaseException) -> IngestError | None:
-    """The error of ours that Ray's errors wrap, if there is one."""
+def wrapped(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it: causes, contexts, and what Ray's errors wrap."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -14,8 +16,7 @@ def own_error(error: BaseException) -> IngestError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, IngestError):
-            return _plain(current)
+        yield current
         waiting += [current.__cause__, current.__context__]
         for attribute in ("cause", "controller_failure", "_base_exc"):
             inner = getattr(current, attribute, None)
@@ -24,7 +25,11 @@ def own_error(error: BaseException) -> IngestError | None:
         failures = getattr(current, "worker_failures", None)
         if isinstance(failures, dict):
             waiting += [failure for failure in failures.values() if isinstance(failure, BaseException)]
-    return None
+
+
+def own_error(error: BaseException) -> IngestError | None:
+    """The error of ours that Ray's errors wrap, if there is one."""
+    return next((_plain(each) for each in wrapped(error) if isinstance(each, IngestError)), None)
 
 
 # Ray Data adds advice on its retries to the message of what a map raises.

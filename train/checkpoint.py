@@ -125,7 +125,8 @@ def write(
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             "recipe": recipe_json,
         }
-        torch.save(state, folder / STATE_FILE)
+        with (folder / STATE_FILE).open("wb") as file:  # torch's own writer does not say that a disk is full
+            torch.save(state, file)
         position = {
             "epoch": part.epoch,
             "step": step,

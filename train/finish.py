@@ -9,6 +9,7 @@ from pathlib import Path
 import ray.train
 from rich.console import Console
 
+from ingest.errors import IngestError
 from ingest.stores import open_store
 from ingest.unwrap import own_error
 
@@ -48,13 +49,24 @@ def leave_behind(
     run_dir = job.run_dir
     if job.monitor is not None:
         job.monitor.ask("close", "end" if ended else "stop", "the run is done" if ended else "stopped and saved")
-    pictures = []
+    pictures: list[str] = []
+    try:
+        if ended:
+            _draw(job, rows, result, pictures)
+    except (IngestError, OSError) as error:  # the run is done, whatever becomes of its pictures
+        console.print(f"not all pictures were made: {error}", markup=False)
+    return pictures, try_page(run_dir, console)
+
+
+def _draw(job: LoopJob, rows: list[Row], result: ray.train.Result, pictures: list[str]) -> None:
+    """Make the pictures and slices of a run that came to its end, and add the files of the pictures."""
+    run_dir = job.run_dir
     local = "://" not in run_dir
-    if ended and local:
+    if local:
         curves = Path(run_dir) / "curves.png"
         plot_curves(rows, curves)
         pictures.append(str(curves))
-    if ended and result.checkpoint is not None and len(job.holdout.rows):
+    if result.checkpoint is not None and len(job.holdout.rows):
         with result.checkpoint.as_directory() as folder:
             cases = predict_some(job, Path(folder) / STATE_FILE)
         if cases:
@@ -64,7 +76,6 @@ def leave_behind(
             title = f"held-out case {first.case_id}"
             plot_case(first.image, first.truth, first.prediction, picture, title=title)
             pictures.append(str(picture))
-    return pictures, try_page(run_dir, console)
 
 
 def try_page(run_dir: str, console: Console) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ray
 
+from ingest.actors import started_again
 from ingest.errors import IngestError, UnreachableError
 from ingest.unwrap import own_error
 
@@ -25,8 +27,10 @@ class Plan(NamedTuple):
 class _Flag:
     """Whether the run is to stop, what it reads, and why it is not to start again; one actor a run, on no CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
         self._stop = False
+        if tell is not None and started_again():
+            tell("the run's stop flag died and was started again; whoever asked the run to stop asks it anew")
         self._reason: IngestError | None = None
         self._plan: Plan | None = None
 
@@ -49,9 +53,17 @@ class _Flag:
         return self._stop
 
 
-def make_flag() -> Any:
-    """The run's stop flag, to be handed to the ranks."""
-    return ray.remote(_Flag).options(num_cpus=0, max_restarts=-1).remote()
+def make_flag(tell: Callable[[str], None] | None = None) -> Any:
+    """The run's stop flag, to be handed to the ranks.
+
+    A flag that died is started again and knows nothing: `follow.following` sets it anew, and a rank that meets an error
+    again notes it again.
+
+    Args:
+        tell: is told, in the actor, when it had to be started again. Pickles.
+    """
+    # What it is asked while it starts again is asked again: all of it may be asked twice.
+    return ray.remote(_Flag).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(tell)
 
 
 def give_up(flag: Any | None, error: BaseException) -> None:

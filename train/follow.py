@@ -14,8 +14,10 @@ from ingest.errors import IngestError
 
 from .loop import LoopJob
 from .metrics import Row, read_metrics
+from .monitor import Mark, Monitor
 from .monitor import Progress as RunProgress
 from .plain_json import is_figure
+from .stop import Stopped
 from .tracking import MlflowRun
 
 POLL_S = 1.0
@@ -63,25 +65,32 @@ def progress_text(now: RunProgress, epochs: int) -> str:
 
 
 @contextlib.contextmanager
-def following(job: LoopJob, console: Console, tracked: MlflowRun | None = None) -> Iterator[None]:
-    """Print a line for each epoch as its row appears; in a terminal, show where the run stands below them.
+def following(
+    job: LoopJob, console: Console, tracked: MlflowRun | None = None, stopped: Stopped | None = None
+) -> Iterator[None]:
+    """Print a line for each start, failure and epoch as it happens; in a terminal, show the progress below them.
 
     Args:
         job: the run.
         console: is printed to.
         tracked: takes the rows too; when this ends, it has been given all.
+        stopped: once it has a signal, the stop flag is set again and again: one that died has forgotten it.
     """
     done = threading.Event()
     epochs = job.recipe.trainer.epochs
     columns = TextColumn("{task.description}", markup=False), BarColumn(24), TimeElapsedColumn()
     bar = Progress(*columns, console=console, transient=True)
     shown = 0
+    told = EventLines(job.monitor, console)
 
     def follow(task: TaskID | None) -> None:
         nonlocal shown
         finished = False
         while not finished:
             finished = done.wait(POLL_S)
+            told.show()
+            if stopped is not None and stopped.signal_number is not None and not finished:
+                job.stop_flag.set.remote()
             with contextlib.suppress(IngestError):  # a place that does not answer now is asked again
                 rows = read_metrics(job.run_dir)
                 for row in rows[shown:]:
@@ -105,6 +114,25 @@ def following(job: LoopJob, console: Console, tracked: MlflowRun | None = None) 
         finally:
             done.set()
             thread.join()
+
+
+class EventLines:
+    """Prints the starts and failures of a run, each once, in a terminal and in a job's log."""
+
+    def __init__(self, monitor: Monitor | None, console: Console) -> None:
+        """Take the run's monitor and the console to print to."""
+        self._monitor, self._console = monitor, console
+        self._mark: Mark | None = None
+
+    def show(self) -> None:
+        """Print what is new; a monitor that does not answer now is asked again the next time."""
+        answer = None if self._monitor is None else self._monitor.ask("told_since", self._mark)
+        if answer is None:
+            return
+        self._mark, events = answer
+        for event in events:
+            line = " ".join(event.text.split())
+            self._console.print(line, markup=False, highlight=False, style="red" if event.kind == "fault" else None)
 
 
 def note_quarantine(job: LoopJob) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import ray
@@ -35,6 +37,7 @@ from . import preflight
 from .check_folder import check_run_folder
 from .checkpoint import read_position
 from .config import Recipe
+from .disk_full import disk_full
 from .finish import ending, leave_behind
 from .flag import make_flag
 from .follow import following
@@ -46,7 +49,10 @@ from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
 from .nodes import alive_nodes, check_visible, gpus_of_machine, with_readers
 from .planned import datasets_of, most_together
+from .ray_compat import FailureCallback
+from .ray_record import drop_damaged_record
 from .report import epoch_table
+from .restarts import Restarts, process_died
 from .resume_rules import Change, record
 from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, run_folder
 from .run_storage import storage_of
@@ -149,8 +155,8 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
         # Also of a run that goes on, whose settings may have changed as far as `resume_rules` allows.
         open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
         bad = recipe.data.bad
-        quarantine = start_quarantine(run_dir, bad, len(manifest)) if bad.quarantines else None
         monitor = start_monitor(run_dir, tensorboard=recipe.trainer.tensorboard)
+        quarantine = start_quarantine(run_dir, bad, len(manifest), monitor.warn) if bad.quarantines else None
         job = LoopJob(
             recipe=recipe,
             run_dir=run_dir,
@@ -158,7 +164,7 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             train_cases=len(train),
             together=most_together(recipe, manifest, train),
             total_cases=len(manifest),
-            stop_flag=make_flag(),
+            stop_flag=make_flag(monitor.warn),
             quarantine=quarantine,
             monitor=monitor,
         )
@@ -172,8 +178,6 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
         )
         if resumed:
             position = read_position(run_dir)
-            if position.instead_of is not None:
-                console.print(position.instead_of, markup=False)
             at = f"epoch {position.epoch + 1}, step {position.step}, {len(position.before.indices)} cases of it done"
             if position.unscored is not None:
                 at = f"step {position.step}, epoch {position.epoch} is trained and is scored now"
@@ -196,7 +200,7 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             lease.on_loss(ask_lost),
             ending(run_dir, monitor, console),
             tracked(tracking, recipe, run_dir, console, stopped) as mlflow_run,
-            following(job, console, mlflow_run),
+            following(job, console, mlflow_run, stopped),
         ):
             result = in_thread(lambda: fit(job, manifest, train, run_dir, holder, use_gpu=use_gpu, listing_s=listing_s))
             lease.require()
@@ -219,6 +223,12 @@ def fit(
     recipe = job.recipe
     ranks = recipe.trainer.num_workers
     storage = storage_of(run_dir, recipe.data.store)
+    if (dropped := drop_damaged_record(run_dir)) is not None and job.monitor is not None:
+        job.monitor.warn(dropped)
+    named = functools.partial(disk_full, job=job)
+    restarts = Restarts(run_dir, recipe.trainer.max_failures, job.monitor, job.stop_flag, named)
+    writer = MetricsWriter(run_dir, job.monitor, listing_s)
+    callbacks: list[Any] = [LeaseGuard(run_dir, holder), writer, FailureCallback(restarts)]  # in this order
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
@@ -237,14 +247,14 @@ def fit(
             storage_filesystem=storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=recipe.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.trainer.checkpoints_kept),
-            callbacks=[LeaseGuard(run_dir, holder), MetricsWriter(run_dir, job.monitor, listing_s)],  # type: ignore[list-item]  # Ray's stub speaks of Train V1
+            callbacks=callbacks,
         ),
     )
     try:
         with environment({name: value for name, value in controller_settings().items() if name not in os.environ}):
             return trainer.fit()
     except Exception as error:
-        ours = own_error(error)
+        ours = disk_full(error, job) or own_error(error) or process_died(error, run_dir)
         if ours is not None:
             raise ours from error
         raise

@@ -121,9 +121,11 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.sync()
-        if self._file is not None:
-            self._file.close()
+        try:
+            self.sync()
+        finally:
+            if self._file is not None:
+                self._file.close()
 
 
 def absolute_place(folder: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -29,6 +30,7 @@ from .ahead import EpochBatches, executions_of
 from .batches import Batch, step_batches
 from .best import reached
 from .config import Recipe
+from .disk_full import disk_full
 from .finite import stop_run
 from .flag import Plan, give_up, noted_plan
 from .holdout import HELD_OUT, Holdout
@@ -145,18 +147,20 @@ def train_loop(config: dict[str, Any]) -> None:
 
     Raises:
         ConfigError: an epoch left this rank without a single whole batch.
+        DiskFullError: a disk that the run writes to is full.
         NonFiniteError: a step's loss or gradient is NaN or infinite.
         RuntimeError: Ray Data delivered another epoch than the one that is trained, or a case twice.
     """
     job: LoopJob = config["job"]
-    rank_loop = RankLoop(job)
     try:
-        rank_loop.run()
+        with contextlib.closing(RankLoop(job)) as rank_loop:
+            rank_loop.run()
     except Exception as error:
-        give_up(job.stop_flag, error)
+        full = disk_full(error, job)
+        give_up(job.stop_flag, full or error)
+        if full is not None:
+            raise full from error
         raise
-    finally:
-        rank_loop.close()
 
 
 class RankLoop:
@@ -211,7 +215,7 @@ class RankLoop:
         self.pulses = Pulses(job.monitor, self.rank, self.world_size)
         if self.rank == 0 and job.monitor is not None:
             if position.instead_of is not None:
-                job.monitor.tell("event", "fault", position.instead_of)
+                job.monitor.warn(position.instead_of)
             job.monitor.tell("begin", attempt, self.world_size, position.epoch, self.step, position.checkpoint)
 
     def run(self) -> None:

@@ -12,7 +12,6 @@ from ray.train import Checkpoint, UserCallback
 
 from ingest.errors import ConfigError, IngestError
 from ingest.stores import open_store
-from ingest.unwrap import own_error
 
 from .best import is_best, keep_best
 from .checkpoint import Files, name_latest, seal, unwritten_rows
@@ -56,7 +55,7 @@ class MetricsWriter(UserCallback):
 
     Args:
         run_dir: the run's folder or gs:// place.
-        monitor: is told of epochs and faults.
+        monitor: is told of epochs, and of what could not be kept.
         listing_s: that listing the data took before the run; it goes into the first row that is written.
     """
 
@@ -116,7 +115,7 @@ class MetricsWriter(UserCallback):
             words = f"expected {ranks} ranks' parts of {name}, found {len(metrics)}: this checkpoint does not count"
             logger.warning(words)
             if self._monitor is not None:
-                self._monitor.tell("event", "fault", words)
+                self._monitor.tell("event", "warning", words)
             return False
         files: Files = {file: about for report in metrics for file, about in report["files"].items()}
         seal(self._run_dir, name, files)
@@ -151,18 +150,7 @@ class MetricsWriter(UserCallback):
         except (IngestError, OSError) as error:
             logger.warning("could not keep or read %s of the run: %s", what, error)
             if self._monitor is not None:
-                self._monitor.tell("event", "fault", f"could not keep or read {what}: {error}"[:500])
-
-    def after_exception(
-        self,
-        run_context: Any,  # noqa: ARG002  the signature is Ray's
-        worker_exceptions: dict[int, Exception],
-    ) -> None:
-        """Note which ranks failed, and why."""
-        if self._monitor is not None:
-            for rank, error in worker_exceptions.items():
-                said = str(own_error(error) or error).strip().splitlines() or [type(error).__name__]
-                self._monitor.tell("event", "fault", f"rank {rank}: {(said[-1] if len(said) > 1 else said[0])[:500]}")
+                self._monitor.tell("event", "warning", f"could not keep or read {what}: {error}"[:500])
 
 
 def read_metrics(run_dir: str) -> list[Row]:

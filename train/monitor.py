@@ -13,11 +13,12 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ingest.actors import started_again
 from ingest.errors import IngestError
 from ingest.stores import open_store
 from ingest.tally import Work
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # longest wait for an answer of the monitor
+TOLD = ("start", "fault", "warning")  # kinds of events that those who follow a run are told of as they happen
 RETRIES_TOGETHER_S = 10.0  # retries within this are one event
 
 
@@ -81,6 +83,18 @@ class Progress:
     quarantined: int = 0
 
 
+class Mark(NamedTuple):
+    """How far somebody has followed what a run's monitor tells.
+
+    Attributes:
+        life: of the monitor's process: one that was started again counts anew.
+        number: of events so far.
+    """
+
+    life: str
+    number: int
+
+
 class RunMonitor:
     """The monitor itself; an actor where `start_monitor` makes it. Its calls come one after the other."""
 
@@ -96,6 +110,8 @@ class RunMonitor:
         self._gauges = Gauges(run_dir.rstrip("/").rpartition("/")[2]) if gauges is None else gauges
         self._board = self._make_board() if tensorboard else None
         self._events = read_events(run_dir)
+        self._life = uuid.uuid4().hex
+        self._told: list[Event] = []
         self._start = ""
         self._work: dict[int, EpochWork] = {}
         self._retries: dict[int, dict[str, int]] = {}
@@ -103,6 +119,11 @@ class RunMonitor:
         self._pulses: dict[int, Pulse] = {}
         self._unexplained: dict[int, Pulse] = {}
         self._progress = Progress()
+        if started_again():
+            self.event(
+                "warning",
+                "the run's monitor died and was started again; its metrics count what it is told from now on",
+            )
 
     def _make_board(self) -> TensorBoard:
         from .boards import TensorBoard  # data workers load this module too, and have no use for it
@@ -118,7 +139,8 @@ class RunMonitor:
         self._work = {of: work for of, work in self._work.items() if of <= epoch}
         self._retries = {of: counts for of, counts in self._retries.items() if of <= epoch}
         self._gauges.count("voxflux_starts", 1)
-        at = f"{ranks} ranks begin epoch {epoch + 1} at step {step}"
+        who = "1 rank begins" if ranks == 1 else f"{ranks} ranks begin"
+        at = f"{who} epoch {epoch + 1} at step {step}"
         self.event("start", f"{at}, from {checkpoint}" if checkpoint else at)
 
     def work(self, work: Work) -> None:
@@ -192,7 +214,7 @@ class RunMonitor:
         self._keep_events()
         if self._board is not None:
             self._board.row(row)
-            with _warned("TensorBoard's logs"):
+            with self._warned("TensorBoard's logs"):
                 self._board.keep()
 
     def quarantined(self, cases: int) -> None:
@@ -204,8 +226,23 @@ class RunMonitor:
 
     def event(self, kind: str, text: str) -> None:
         """Something befell the run."""
-        self._events.append(Event(time.time(), kind, text))
+        event = Event(time.time(), kind, text)
+        self._events.append(event)
+        if kind in TOLD:
+            self._told.append(event)
         self._keep_events()
+
+    def told_since(self, mark: Mark | None) -> tuple[Mark, list[Event]]:
+        """What there is to tell those who follow the run: its starts, faults and warnings, each once.
+
+        Args:
+            mark: of the answer before; None gives all that this process was told of.
+
+        Returns:
+            The mark for the next call, and the events since the last one.
+        """
+        seen = mark.number if mark is not None and mark.life == self._life else 0
+        return Mark(self._life, len(self._told)), self._told[seen:]
 
     def work_of(self, epoch: int) -> EpochWork:
         """What the data workers have done in an epoch so far."""
@@ -224,7 +261,7 @@ class RunMonitor:
         self._keep_steps()
         self.event(kind, text)
         if self._board is not None:
-            with _warned("TensorBoard's logs"):
+            with self._warned("TensorBoard's logs"):
                 self._board.close()
             self._board = None
 
@@ -259,24 +296,26 @@ class RunMonitor:
 
     def _keep_steps(self) -> None:
         if self._records:
-            with _warned("records of steps, kept to be written with the next"):
+            with self._warned("records of steps, kept to be written with the next"):
                 write_steps(self._store, self._start or "0", self._records)
                 if self._board is not None:
                     self._board.steps(self._records)
                 self._records = []
 
     def _keep_events(self) -> None:
-        with _warned("events, kept to be written with the next"):
+        with self._warned("events, kept to be written with the next"):
             write_events(self._store, self._events)
 
-
-@contextlib.contextmanager
-def _warned(what: str) -> Iterator[None]:
-    """A record that cannot be written ends no run, but is told of in the log."""
-    try:
-        yield
-    except IngestError as error:
-        logger.warning("could not write the run's %s: %s", what, error)
+    @contextlib.contextmanager
+    def _warned(self, what: str) -> Iterator[None]:
+        """A record that cannot be written ends no run, but is logged, and told of once to those who follow the run."""
+        try:
+            yield
+        except (IngestError, OSError) as error:
+            words = f"could not write the run's {what}"
+            logger.warning("%s: %s", words, error)
+            if not any(event.text.startswith(words) for event in self._told):
+                self._told.append(Event(time.time(), "warning", f"{words}: {error}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +344,10 @@ class Monitor:
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
             getattr(self._actor(), method).remote(*arguments)
 
+    def warn(self, text: str) -> None:
+        """Tell of something that the run survives, and that whoever follows it should know."""
+        self.tell("event", "warning", text)
+
     def ask(self, method: str, *arguments: object) -> Any:
         """Its answer; None where none comes in good time."""
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
@@ -331,6 +374,7 @@ def start_monitor(run_dir: str, *, tensorboard: bool = False) -> Monitor:
             namespace=context.namespace,
             num_cpus=0,
             max_restarts=-1,
+            max_task_retries=-1,  # what it is told while it is started again reaches it
             scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True),
         )
         .remote(run_dir, tensorboard=tensorboard)

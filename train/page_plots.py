@@ -23,6 +23,7 @@ _CAUSE_COLOURS = dict(zip(CAUSES, (*COLOURS[4:6], _BLUE, _ORANGE, _SKY, _GREEN, 
 _EVENTS = {
     "start": ("triangle-up", _GREEN),
     "fault": ("x", _RED),
+    "warning": ("x-open", _ORANGE),
     "retry": ("circle-open", _ORANGE),
     "quarantine": ("diamond", COLOURS[4]),
     "stop": ("square", "#666666"),

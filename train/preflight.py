@@ -21,6 +21,8 @@ from ingest.manifest import Manifest, cases_of
 from ingest.plan import Indices
 from ingest.stores import open_store
 
+from .best import BEST_FOLDER
+from .checkpoint import FOLDER_PREFIX, STATE_FILE
 from .config import Recipe
 from .nodes import Node, check_readers, labelled
 from .unet3d import UNet3D, check_patch
@@ -259,6 +261,17 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return 4 * parameters * CHECKPOINT_COPIES.get(recipe.optimizer.name, 3)
 
 
+def run_folder_bytes(recipe: Recipe, run_dir: str) -> int:
+    """Room that a local run folder needs: of its checkpoints, less those that are there, and at least one.
+
+    It holds the checkpoints that are kept, the best one, and the one that is being written.
+    """
+    one, kept = checkpoint_bytes(recipe), recipe.trainer.checkpoints_kept + 1
+    folders = [*Path(run_dir).glob(f"{FOLDER_PREFIX}*"), Path(run_dir) / BEST_FOLDER]
+    there = sum(file.stat().st_size for folder in folders for file in folder.glob(STATE_FILE))
+    return one * (kept + 1) - min(there, one * kept)
+
+
 def check_space(recipe: Recipe, run_dir: str) -> None:
     """Room for the checkpoints that are kept, the best one and the one being written; local folders only."""
     if "://" in run_dir:
@@ -268,11 +281,11 @@ def check_space(recipe: Recipe, run_dir: str) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise ConfigError(f"expected a folder to keep the run in, found the file {folder}; choose another --run-dir")
-    needed = checkpoint_bytes(recipe) * (recipe.trainer.checkpoints_kept + 2)
+    needed = run_folder_bytes(recipe, run_dir)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(
-            f"expected {needed / 2**20:.0f} MiB for checkpoints in {run_dir}, found {free / 2**20:.0f} MiB free; "
+            f"expected {math.ceil(needed / 2**20)} MiB for checkpoints in {run_dir}, found {free // 2**20} MiB free; "
             "choose another --run-dir or lower --trainer.checkpoints-kept"
         )
 

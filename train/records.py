@@ -57,7 +57,7 @@ class Event:
 
     Attributes:
         at_unix_s: when, in seconds since 1970.
-        kind: start, fault, retry, quarantine, setting, data, stop or end.
+        kind: start, fault, warning, retry, quarantine, setting, data, stop or end.
         text: in words.
     """
 

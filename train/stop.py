@@ -30,10 +30,19 @@ class StopWatch:
             threading.Thread(target=self._poll, name="stop-watch", daemon=True).start()
 
     def _poll(self) -> None:
-        # Ends with the run's driver: a flag that is gone can no longer be set.
-        with contextlib.suppress(ray.exceptions.RayError):
-            while not self._done.wait(POLL_S) and not self._asked:
-                self._asked = bool(ray.get(self._flag.is_set.remote()))  # type: ignore[union-attr]
+        while not self._done.wait(POLL_S) and not self._asked:
+            if not self._look():
+                return
+
+    def _look(self) -> bool:
+        """Look at the flag; False where it is gone with the run's driver, and can no longer be set."""
+        try:
+            self._asked = bool(ray.get(self._flag.is_set.remote()))  # type: ignore[union-attr]
+        except ray.exceptions.ActorUnavailableError:
+            return True  # it is being started again
+        except ray.exceptions.RayError:
+            return False
+        return True
 
     @property
     def asked(self) -> bool:

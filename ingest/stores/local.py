@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import unquote, urlsplit
 
+from ..disk_full import FULL, no_room_for
 from ..errors import (
     ConfigError,
     ObjectError,
@@ -164,6 +165,7 @@ class LocalStore(BaseStore):
         Raises:
             ConfigError: the name leads out of the folder, or names a folder.
             PermissionDeniedError: the folder may not be written.
+            DiskFullError: its disk, or a quota on it, is full.
             PreconditionError: the file is of another generation.
         """
         path = self._path(name)
@@ -183,9 +185,11 @@ class LocalStore(BaseStore):
         except PermissionError as error:
             raise _not_allowed(path, "write") from error
         except OSError as error:
+            if error.errno in FULL:
+                raise no_room_for(path, error) from error
             raise StoreError(
-                f"expected to write {path}, found {error}; check the disk's space, and that no part of the path is "
-                f"a file"
+                f"expected to write {path}, found {error}; check that no part of the path is a file, and the file "
+                "system"
             ) from error
         finally:
             if temporary is not None:

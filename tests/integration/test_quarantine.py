@@ -229,8 +229,9 @@ def children(pid: int) -> list[int]:
     return [int(child) for file in files for child in file.read_text().split()]
 
 
-def test_the_book_outlives_its_process(tmp_path):
-    handle = start_quarantine(str(tmp_path), policy(), 100)
+def test_the_book_outlives_its_process_and_says_so(tmp_path):
+    told = tmp_path / "told"
+    handle = start_quarantine(str(tmp_path), policy(), 100, told.write_text)
     entry = QuarantineEntry(4, "case_00004", "gs://b/case_00004_x.npy", "missing", "it is gone", 2)
     handle.report(entry)
     actor = ray.get_actor(handle.name, namespace=handle.namespace)
@@ -238,6 +239,7 @@ def test_the_book_outlives_its_process(tmp_path):
     assert handle.entries() == [entry]
     handle.report(entry)
     assert handle.indices().tolist() == [4]
+    assert "quarantine died and was started again" in told.read_text()
 
 
 def test_a_copy_of_the_handle_works_in_a_worker_and_says_so_when_the_run_is_over(tmp_path):

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from ingest.errors import ConfigError
 from ingest.index import index_cases
@@ -128,11 +131,23 @@ def test_on_two_ranks_a_kill_leaves_the_loss_curve_as_it_would_have_been(places,
     ledger = tmp_path / "ledger"
     killer = Killer(ledger, times=1, seed=1)
     killer.start()
-    killed = run(tiny(places.local, tmp_path / "killed", **options, ledger=str(ledger), max_failures=3), "t", quiet())
+    printed = io.StringIO()
+    console = Console(file=printed, width=200, soft_wrap=True)
+    killed = run(tiny(places.local, tmp_path / "killed", **options, ledger=str(ledger), max_failures=3), "t", console)
     assert len(killer.killed) == 1
     assert audit(killed.run_dir).passed
-    told = [event.kind for event in read_events(killed.run_dir) if event.kind != "retry"]
-    assert told == ["start", "fault", "start", "end"]
+    # Beside what ranks do: a slow start that Ray began anew, or a checkpoint that was whole and not named yet.
+    told = [event for event in read_events(killed.run_dir) if event.kind in ("start", "end") or "rank " in event.text]
+    assert [event.kind for event in told] == ["start", "fault", "start", "end"], told
+    began, failed, again = (event.text for event in told[:3])
+    died = rf"rank [01] failed(?: \(with rank [01]\))?: the process of RayTrainWorker died, pid {killer.killed[0]}: .*"
+    step = re.fullmatch(rf"{died}; restarting from step (\d+), 1 of 3", failed)
+    assert step is not None, failed
+    assert began == "2 ranks begin epoch 1 at step 0"
+    assert f" at step {step[1]}, from checkpoint_" in again
+    lines = printed.getvalue().splitlines()
+    assert [lines.count(line) for line in (began, failed, again)] == [1, 1, 1]
+    assert lines.index(began) < lines.index(failed) < lines.index(again)
     assert [row["train_loss"] for row in killed.rows] == pytest.approx(
         [row["train_loss"] for row in calm.rows], abs=1e-4
     )

@@ -21,6 +21,7 @@ from ingest.stores import open_store
 from ingest.stores.base import StoreConfig
 from tests.integration.test_train import tiny
 from train.audit import audit
+from train.flag import make_flag
 from train.gauges import METRICS, exported_name
 from train.launch import Outcome, run
 from train.monitor import start_monitor
@@ -162,3 +163,19 @@ def test_what_metrics_cost_is_measured_on_all_that_a_run_tells(tmp_path):
     (records,) = read_steps(str(tmp_path)).values()
     assert [record.step for record in records] == list(range(1, 16))
     assert monitor.ask("work_of", 0).fetch_s == pytest.approx(0.015)
+
+
+def test_a_monitor_and_a_stop_flag_that_were_killed_answer_again_and_are_told_of(tmp_path):
+    monitor = start_monitor(str(tmp_path))
+    flag = make_flag(monitor.warn)
+    ray.get(flag.set.remote())
+    ray.kill(flag, no_restart=False)
+    assert ray.get(flag.is_set.remote()) is False  # it has forgotten: the driver sets it anew for as long as it waits
+    ray.kill(monitor.keeper, no_restart=False)
+    monitor.tell("event", "fault", "rank 0 failed")  # reaches it once it is there again
+    while (answer := monitor.ask("told_since", None)) is None:
+        pass  # it is asked for ten seconds each time
+    told = [event.text for event in answer[1]]
+    assert any("monitor died and was started again" in text for text in told)
+    assert "rank 0 failed" in told
+    assert any("stop flag died and was started again" in event.text for event in read_events(str(tmp_path)))

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from train.follow import epoch_line, progress_text
-from train.monitor import Progress
+import io
+import threading
+import types
+
+import pytest
+from rich.console import Console
+
+from tests.train.test_monitor import Board
+from train import follow
+from train.follow import epoch_line, following, progress_text
+from train.monitor import Progress, RunMonitor
+from train.stop import Stopped
 
 ROW = {"epoch": 1, "train_loss": 0.5, "mean_dice": 0.75, "samples_per_s": 20.0, "stall_share": 0.25}
 
@@ -20,3 +30,89 @@ def test_progress_shows_what_is_known_and_leaves_out_what_is_not() -> None:
     assert progress_text(Progress(), 8) == "starting"
     now = Progress(epoch=0, step=3, steps_per_epoch=30, steps_of_epoch=3, loss=0.61, samples_per_s=16.9, quarantined=2)
     assert progress_text(now, 8) == "epoch 1/8  step 3/30  loss 0.6100  samples/s 16.9  quarantined 2"
+
+
+class Answering:
+    """A run's monitor in this process, which can be dead, and started again."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+        self.monitor: RunMonitor | None = None
+        self.start()
+
+    def start(self) -> None:
+        self.monitor = RunMonitor(self.run_dir, gauges=Board())
+
+    def ask(self, method: str, *arguments: object) -> object:
+        return None if self.monitor is None else getattr(self.monitor, method)(*arguments)
+
+    def tell(self, method: str, *arguments: object) -> None:
+        self.ask(method, *arguments)
+
+
+class Printed(io.StringIO):
+    """What a console prints; waits for words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = threading.Condition()
+
+    def write(self, text: str) -> int:
+        with self.more:
+            written = super().write(text)
+            self.more.notify_all()
+        return written
+
+    def has(self, words: str) -> bool:
+        with self.more:
+            return self.more.wait_for(lambda: words in self.getvalue(), timeout=60)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_starts_and_failures_are_printed_as_they_happen_in_a_terminal_and_in_a_log(tmp_path, monkeypatch, terminal):
+    monkeypatch.setattr(follow, "POLL_S", 0.01)
+    before = RunMonitor(str(tmp_path), gauges=Board())
+    before.begin("00001-a", 2, 0, 0, None)  # an earlier start of the run, which nobody need be told of now
+    monitor = Answering(str(tmp_path))
+    trainer = types.SimpleNamespace(epochs=3)
+    job = types.SimpleNamespace(
+        monitor=monitor, run_dir=str(tmp_path), quarantine=None, recipe=types.SimpleNamespace(trainer=trainer)
+    )
+    printed = Printed()
+    with following(job, Console(file=printed, force_terminal=terminal, width=300, color_system=None)):
+        monitor.tell("begin", "00002-b", 1, 1, 30, "checkpoint_1")
+        assert printed.has("1 rank begins epoch 2 at step 30, from checkpoint_1")
+        monitor.tell("event", "fault", "rank 0 failed: [x] no;\n restarting from step 40, 1 of 2")
+        assert printed.has("rank 0 failed: [x] no; restarting from step 40, 1 of 2\n")
+        monitor.tell("event", "setting", "not for the eye")
+        monitor.monitor = None  # it dies
+        monitor.start()
+        monitor.tell("event", "fault", "rank 0 failed: yes")
+        assert printed.has("rank 0 failed: yes")
+        monitor.tell("event", "fault", "the last one")  # is printed though the run ends at once
+    text = printed.getvalue()
+    assert [text.count(words) for words in ("1 rank begins", "2 ranks begin", "[x] no", "yes", "the last one")] == [
+        *(1, 0, 1, 1, 1)
+    ]
+    assert "not for the eye" not in text
+
+
+class Flag:
+    """A stop flag that has died and forgotten since it was set."""
+
+    def __init__(self) -> None:
+        self.again = threading.Event()
+        self.set = types.SimpleNamespace(remote=self.again.set)
+
+
+def test_a_stop_flag_is_set_anew_for_as_long_as_the_run_is_to_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "POLL_S", 0.01)
+    flag, stopped = Flag(), Stopped()
+    trainer = types.SimpleNamespace(epochs=3)
+    recipe = types.SimpleNamespace(trainer=trainer)
+    job = types.SimpleNamespace(monitor=None, run_dir=str(tmp_path), quarantine=None, recipe=recipe, stop_flag=flag)
+    with following(job, Console(quiet=True), stopped=stopped):
+        stopped.signal_number = 15
+        assert flag.again.wait(60)
+        flag.again.clear()
+        assert flag.again.wait(60)

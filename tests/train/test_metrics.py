@@ -59,7 +59,7 @@ def test_a_best_checkpoint_that_cannot_be_kept_is_told_of_and_the_new_one_is_nam
         writer.after_report(None, [report(epoch, 0.1 * epoch + 0.1)], saved(tmp_path, name))
         assert named(tmp_path) == name
     assert [row["epoch"] for row in read_metrics(str(tmp_path))] == [0, 1, 2]
-    assert sum(event[:2] == ("event", "fault") and "best" in event[2] for event in monitor.events) == 3
+    assert sum(event[:2] == ("event", "warning") and "best" in event[2] for event in monitor.events) == 3
     (tmp_path / "best").unlink()
     writer.after_report(None, [report(3, 0.9)], saved(tmp_path, "checkpoint_d"))
     assert (tmp_path / "best" / "state.pt").read_bytes() == weights("checkpoint_d")

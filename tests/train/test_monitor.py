@@ -140,6 +140,10 @@ def test_steps_that_cannot_be_written_are_told_of_and_written_with_the_next(tmp_
     monitor.pulse(pulse(steps(1, 3)))
     monitor.epoch_done({"epoch": 0})
     assert "could not write the run's records of steps, kept to be written with the next" in caplog.text
+    monitor.epoch_done({"epoch": 0})
+    _, told = monitor.told_since(None)  # by those who follow the run, once, since nobody sees an actor's log
+    assert [event.kind for event in told] == ["start", "warning"]
+    assert "could not write the run's records of steps" in told[1].text
     (tmp_path / "steps").unlink()
     monitor.pulse(pulse(steps(4, 6, epoch=1), epoch=1))
     monitor.close("end", "done")
