@@ -220,12 +220,12 @@ def test_holding_out_every_case_is_refused():
         split_holdout(0, np.arange(1), 0.1)
 
 
-def test_a_million_cases_plan_within_a_second_or_five_and_within_a_gigabyte():
+def test_a_million_cases_plan_within_five_seconds_of_cpu_time_and_within_a_gigabyte():
     case_bytes = np.full(1_000_000, 160_000, dtype=np.int64)
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.thread_time()
     plan = plan_epochs(case_bytes=case_bytes, seed=1, epochs=(0,), shards=ShardConfig(shard_cases=128), multiple=256)
-    seconds, (_, peak_bytes) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+    seconds, (_, peak_bytes) = time.thread_time() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.num_shards == -(-(1_000_000 - 1_000_000 % 256) // 128)
     assert seconds < 5

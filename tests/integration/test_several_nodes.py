@@ -54,17 +54,14 @@ def test_an_epoch_larger_than_the_object_stores_passes_through_them_without_spil
     assert 0 < memory["peak_bytes"] < 0.25 * memory["store_bytes"]  # half of what the two that read have
 
 
-def test_data_nodes_without_a_free_cpu_are_an_error_within_ten_seconds(found):
+def test_data_nodes_without_a_free_cpu_are_an_error(found):
     assert "free CPUs" in found["held"]["refused"]
     assert "ray-subcluster=data" in found["held"]["refused"]
-    assert found["held"]["seconds"] < 10
 
 
 def test_free_cpus_that_lie_where_no_rank_can_go_are_not_counted_on(found):
     assert "expected 2 free places for ranks with 1 CPU and 1 accelerator, found 1" in found["scattered"]["refused"]
-    assert found["scattered"]["seconds"] < 10
 
 
-def test_ranks_that_no_node_has_room_for_are_an_error_within_ten_seconds(found):
+def test_ranks_that_no_node_has_room_for_are_an_error(found):
     assert "expected 2 accelerator for each of 2 ranks, found enough for 1" in found["too_few"]["refused"]
-    assert found["too_few"]["seconds"] < 10
