@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ray
+import ray.exceptions
 
 from ingest.actors import started_again
 from ingest.errors import IngestError, UnreachableError
@@ -73,7 +75,8 @@ def give_up(flag: Any | None, error: BaseException) -> None:
     """
     reason = own_error(error)
     if flag is not None and reason is not None and not isinstance(reason, UnreachableError):
-        ray.get(flag.give_up.remote(reason))
+        with contextlib.suppress(ray.exceptions.RayError):  # it ended with the driver: the error itself goes on
+            ray.get(flag.give_up.remote(reason))
 
 
 def given_up(flag: Any | None) -> IngestError | None:

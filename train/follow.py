@@ -17,6 +17,7 @@ from .metrics import Row, read_metrics
 from .monitor import Mark, Monitor
 from .monitor import Progress as RunProgress
 from .plain_json import is_figure
+from .restarts import in_words
 from .stop import Stopped
 from .tracking import MlflowRun
 
@@ -125,9 +126,18 @@ class EventLines:
         self._mark: Mark | None = None
 
     def show(self) -> None:
-        """Print what is new; a monitor that does not answer now is asked again the next time."""
-        answer = None if self._monitor is None else self._monitor.ask("told_since", self._mark)
+        """Print what is new; a monitor that does not answer now is asked again, and one that is dead is told of."""
+        if self._monitor is None:
+            return
+        answer = self._monitor.ask("told_since", self._mark)
         if answer is None:
+            if (error := self._monitor.death()) is not None:
+                self._monitor = None
+                self._console.print(
+                    f"{in_words(error)}; the run goes on, but no start or failure is printed or kept from now on",
+                    markup=False,
+                    highlight=False,
+                )
             return
         self._mark, events = answer
         for event in events:

@@ -354,6 +354,16 @@ class Monitor:
             return ray.get(getattr(self._actor(), method).remote(*arguments), timeout=ANSWER_S)
         return None
 
+    def death(self) -> ray.exceptions.ActorDiedError | None:
+        """Of what it died, where Ray does not start it again; None where it answers, or does not for now."""
+        try:
+            ray.get(self._actor().progress.remote(), timeout=ANSWER_S)
+        except ray.exceptions.ActorDiedError as error:
+            return error
+        except (ValueError, ray.exceptions.RayError):
+            return None
+        return None
+
     def _actor(self) -> Any:
         return self.keeper or _actor(self.name, self.namespace)
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from train.flag import make_flag
 from train.gauges import METRICS, exported_name
 from train.launch import Outcome, run
 from train.monitor import start_monitor
+from train.ray_compat import session_folder
 from train.records import read_events, read_steps
 from train.waits import CAUSES
 
@@ -170,12 +172,20 @@ def test_a_monitor_and_a_stop_flag_that_were_killed_answer_again_and_are_told_of
     flag = make_flag(monitor.warn)
     ray.get(flag.set.remote())
     ray.kill(flag, no_restart=False)
-    assert ray.get(flag.is_set.remote()) is False  # it has forgotten: the driver sets it anew for as long as it waits
+    while ray.get(flag.is_set.remote()):  # until it has died and forgotten: a driver sets it anew while it waits
+        time.sleep(0.05)
     ray.kill(monitor.keeper, no_restart=False)
-    monitor.tell("event", "fault", "rank 0 failed")  # reaches it once it is there again
-    while (answer := monitor.ask("told_since", None)) is None:
-        pass  # it is asked for ten seconds each time
-    told = [event.text for event in answer[1]]
-    assert any("monitor died and was started again" in text for text in told)
-    assert "rank 0 failed" in told
-    assert any("stop flag died and was started again" in event.text for event in read_events(str(tmp_path)))
+    monitor.tell("event", "fault", "rank 0 failed")
+    told: list[str] = []
+    while not any("monitor died and was started again" in text for text in told):
+        told = [event.text for event in (monitor.ask("told_since", None) or (None, []))[1]]
+    monitor.ask("close", "end", "the run is done")
+    kept = [event.text for event in read_events(str(tmp_path))]
+    assert "rank 0 failed" in kept
+    assert any("stop flag died and was started again" in text for text in kept)
+
+
+def test_the_session_folder_of_a_worker_is_known():
+    found = ray.get(ray.remote(num_cpus=0)(session_folder).remote())
+    assert found == session_folder()
+    assert (Path(found) / "sockets").is_dir()

@@ -7,11 +7,12 @@ import threading
 import types
 
 import pytest
+from ray.exceptions import ActorDiedError
 from rich.console import Console
 
 from tests.train.test_monitor import Board
 from train import follow
-from train.follow import epoch_line, following, progress_text
+from train.follow import EventLines, epoch_line, following, progress_text
 from train.monitor import Progress, RunMonitor
 from train.stop import Stopped
 
@@ -38,6 +39,7 @@ class Answering:
     def __init__(self, run_dir: str) -> None:
         self.run_dir = run_dir
         self.monitor: RunMonitor | None = None
+        self.died: ActorDiedError | None = None
         self.start()
 
     def start(self) -> None:
@@ -45,6 +47,9 @@ class Answering:
 
     def ask(self, method: str, *arguments: object) -> object:
         return None if self.monitor is None else getattr(self.monitor, method)(*arguments)
+
+    def death(self) -> ActorDiedError | None:
+        return self.died
 
     def tell(self, method: str, *arguments: object) -> None:
         self.ask(method, *arguments)
@@ -95,6 +100,28 @@ def test_starts_and_failures_are_printed_as_they_happen_in_a_terminal_and_in_a_l
         *(1, 0, 1, 1, 1)
     ]
     assert "not for the eye" not in text
+
+
+class UnmadeError(ActorDiedError):
+    """As of an actor that could not be made."""
+
+    def __str__(self) -> str:
+        return "The actor died because of an error raised in its creation task, ray::RunMonitor.__init__()\nOSError: no"
+
+
+def test_a_monitor_that_is_not_started_again_is_told_of_once(tmp_path):
+    monitor, printed = Answering(str(tmp_path)), Printed()
+    lines = EventLines(monitor, Console(file=printed, width=300, color_system=None))
+    monitor.monitor = None
+    lines.show()
+    assert printed.getvalue() == ""  # it may be busy, or on its way
+    monitor.died = UnmadeError()
+    lines.show()
+    lines.show()
+    assert printed.getvalue() == (
+        "the process of RunMonitor died: OSError: no; the run goes on, but no start or failure is printed or kept from "
+        "now on\n"
+    )
 
 
 class Flag:

@@ -15,6 +15,7 @@ from ingest.errors import ConfigError, DiskFullError, IngestError
 from tests.train.test_checkpoint import save
 from train import restarts
 from train.checkpoint import name_latest
+from train.flag import give_up
 from train.restarts import Restarts, failure_in_words, in_words, process_died
 
 DIED = """The actor died unexpectedly before finishing this task.
@@ -181,3 +182,10 @@ def test_a_run_whose_controller_or_ranks_were_killed_ends_with_their_name_and_th
     assert "found that rank 0 failed (with rank 1): the process of RayTrainWorker" in str(process_died(killed, "/r"))
     assert process_died(ranks_failed(r0=HealthCheckError(DiedError()), r1=RuntimeError("x")), "/r") is None
     assert process_died(ControllerError(RuntimeError("x")), "/r") is None
+
+
+def test_an_error_is_not_hidden_by_a_stop_flag_that_is_gone():
+    def remote(reason: IngestError) -> None:
+        raise DiedError("_Flag")
+
+    give_up(SimpleNamespace(give_up=SimpleNamespace(remote=remote)), ConfigError("expected A, found B"))
