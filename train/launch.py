@@ -142,7 +142,8 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
         for data in (recipe.data, held_out_data):
             composed += [data.images, data.labels] if data.store.transport == "compose" else []
         preflight.check_amount(recipe, len(train), len(held_out))
-        preflight.check_foreground(manifest)
+        if (found := preflight.check_foreground(recipe, manifest, quarantined)) is not None:
+            console.print(found, markup=False)
         if (found := preflight.check_smallest(recipe, manifest, train, quarantined)) is not None:
             console.print(found, markup=False)
         check_visible(recipe, [manifest, held_out], run_dir, nodes)

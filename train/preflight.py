@@ -15,11 +15,11 @@ import torch
 from ray._private.state import available_resources_per_node
 
 from ingest.crop import Shape
-from ingest.decode import check_channels, read_header
+from ingest.decode import LABEL_DTYPE, check_channels, read_array, read_header
 from ingest.errors import ConfigError, DecodeError, ObjectError, QuarantineBudgetError, StaleManifestError
 from ingest.manifest import Manifest, cases_of
 from ingest.plan import Indices
-from ingest.stores import open_store
+from ingest.stores import ObjectMeta, Store, open_store
 
 from .best import BEST_FOLDER
 from .checkpoint import FOLDER_PREFIX, STATE_FILE
@@ -30,6 +30,7 @@ from .unet3d import UNet3D, check_patch
 # A checkpoint holds the weights and, for each, up to two moments of the optimiser.
 CHECKPOINT_COPIES = {"sgd": 2, "adamw": 3}
 FREE_WITHIN_S = 5.0
+LABELS_LOOKED_AT = 32  # at the most, where none has foreground
 LOOKED_AT = 8  # smallest images that are read at the most, where those before are to be quarantined
 
 
@@ -128,19 +129,65 @@ def check_amount(recipe: Recipe, train_cases: int, held_out: int) -> None:
         )
 
 
-def check_foreground(manifest: Manifest) -> None:
-    """Refuse a data set of which the manifest knows that every label is empty (`ingest index --boxes`); reads nothing.
+def check_foreground(recipe: Recipe, manifest: Manifest, left_out: Indices | None = None) -> str | None:
+    """Refuse a data set whose labels are all empty: predicting nothing would score 1 on it.
 
-    Without boxes the labels are first looked at when they are scored: `validate.merge` refuses them there.
+    Where the manifest has boxes (`ingest index --boxes`), nothing is read. Else labels are read in a random order, by
+    the run's seed, until one has foreground: of nearly all data sets, one. A label that cannot be read says nothing
+    here: its reading by the run will report it.
+
+    Args:
+        recipe: has the store's settings and the seed.
+        manifest: of all cases.
+        left_out: (q,) int64, indices of the cases that the run leaves out already.
+
+    Returns:
+        A warning where every label that was looked at is empty, and there are more; else None.
+
+    Raises:
+        ConfigError: every label is empty.
     """
     table = manifest.table
-    if "boxes" not in table.column_names or not len(manifest) or table["boxes"].null_count:
-        return
-    if not any(table["boxes"].to_pylist()):
-        raise ConfigError(
-            f"expected foreground in a label at least, found only background in all {len(manifest)} labels of "
-            f"{manifest.labels_uri}; check the labels' values, and that --data.labels names the right place"
-        )
+    if "boxes" in table.column_names and not table["boxes"].null_count:
+        if len(manifest) and not any(table["boxes"].to_pylist()):
+            raise _all_empty(manifest)
+        return None
+    wanted = np.arange(len(manifest)) if left_out is None else np.setdiff1d(np.arange(len(manifest)), left_out)
+    order = np.random.default_rng(recipe.data.seed).permutation(wanted)[:LABELS_LOOKED_AT]
+    store = open_store(manifest.labels_uri, recipe.data.store)
+    empty = 0
+    for index in order.tolist():
+        label = cases_of(manifest.take(np.asarray([index])))[0].label
+        found = _has_foreground(store, label)
+        if found:
+            return None
+        empty += found is not None
+    if empty and empty == len(manifest):
+        raise _all_empty(manifest)
+    return (
+        f"warning: expected foreground in the labels, found only background in the {empty} that were looked at, of "
+        f"{len(manifest)} in {manifest.labels_uri}; check the labels' values, and that --data.labels names the right "
+        "place"
+        if empty
+        else None
+    )
+
+
+def _has_foreground(store: Store, label: ObjectMeta) -> bool | None:
+    body = store.fetch_each([label])[0]
+    if isinstance(body, ObjectError):
+        return None
+    try:
+        return bool(read_array(body, store.uri_of(label.name), np.dtype(LABEL_DTYPE)).any())
+    except DecodeError:
+        return None
+
+
+def _all_empty(manifest: Manifest) -> ConfigError:
+    return ConfigError(
+        f"expected foreground in a label at least, found only background in all {len(manifest)} labels of "
+        f"{manifest.labels_uri}; check the labels' values, and that --data.labels names the right place"
+    )
 
 
 def check_smallest(

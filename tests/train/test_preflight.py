@@ -18,6 +18,7 @@ from ingest.layout import Known, Layout
 from ingest.manifest import Manifest
 from ingest.pairing import Case
 from ingest.stores import ObjectMeta, open_store
+from ingest.testing import npy_bytes
 from train import preflight
 from train.config import DemoConfig, Recipe, TrainerConfig, from_json
 from train.recipes import DEMO, RECIPES
@@ -176,7 +177,37 @@ def test_scoring_without_held_out_cases_is_refused():
 def test_a_data_set_whose_known_labels_are_all_empty_is_refused_at_the_start(boxes, empty):
     cases = [Case(name, ObjectMeta(f"{name}_x.npy", 10), ObjectMeta(f"{name}_y.npy", 5)) for name in "ab"]
     manifest = Manifest.from_cases(cases, images_uri="/i/", labels_uri="/l/")
-    preflight.check_foreground(manifest)  # nothing is known yet
     known = manifest.with_known([Known(Layout(128, 128, (8, 8, 8)), found) for found in boxes])
     with pytest.raises(ConfigError, match="only background in all 2 labels") if empty else contextlib.nullcontext():
-        preflight.check_foreground(known)
+        assert preflight.check_foreground(DEMO, known) is None
+
+
+def labelled(folder: Path, labels: list[np.ndarray]) -> Manifest:
+    cases = []
+    for number, label in enumerate(labels):
+        body = npy_bytes(label)
+        meta = ObjectMeta(f"{number}_y.npy", len(body))
+        open_store(f"{folder}/labels/").put(meta.name, body)
+        cases.append(Case(str(number), ObjectMeta(f"{number}_x.npy", 10), meta))
+    return Manifest.from_cases(cases, images_uri=f"{folder}/images/", labels_uri=f"{folder}/labels/")
+
+
+EMPTY = np.zeros((1, 4, 4, 4), np.uint8)
+
+
+def test_a_data_set_whose_labels_are_all_empty_is_refused_at_the_start_without_boxes_too(tmp_path):
+    with pytest.raises(ConfigError, match="only background in all 3 labels"):
+        preflight.check_foreground(DEMO, labelled(tmp_path, [EMPTY] * 3))
+
+
+def test_one_label_with_foreground_is_enough(tmp_path):
+    labels = [EMPTY] * 4
+    labels[2] = EMPTY + 1
+    assert preflight.check_foreground(DEMO, labelled(tmp_path, labels)) is None
+
+
+def test_many_empty_labels_of_more_are_a_warning_and_a_damaged_label_says_nothing(tmp_path):
+    manifest = labelled(tmp_path, [EMPTY] * 40)
+    assert "only background in the 32 that were looked at, of 40" in preflight.check_foreground(DEMO, manifest)
+    few = labelled(tmp_path / "few", [EMPTY, np.zeros(7, np.uint8)])
+    assert "only background in the 1 that were looked at, of 2" in preflight.check_foreground(DEMO, few)
