@@ -43,6 +43,7 @@ def lose(recipe) -> Other:
     return other
 
 
+@pytest.mark.crash
 def test_a_run_names_no_checkpoint_in_a_folder_that_was_taken_over(places, tmp_path):
     recipe = tiny(places.local, tmp_path / "run", num_workers=1, epochs=1000, evaluate_every=0)
     other = lose(recipe)

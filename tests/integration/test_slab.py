@@ -70,7 +70,7 @@ def test_a_manifest_with_boxes_changes_no_sample(places, expected, tmp_path, cap
     saved = f"{tmp_path}/boxes.parquet"
     roots = ["--images", f"{places.local}images", "--labels", f"{places.local}labels"]
     assert main(["index", *roots, "--output", saved, "--boxes"]) == 0
-    assert "of 65 cases; 0 are no pair of C-ordered" in " ".join(capsys.readouterr().out.split())
+    assert "of 65 cases; 0 are compressed or in Fortran order" in " ".join(capsys.readouterr().out.split())
     manifest = Manifest.load(saved)
     assert None not in known_of(manifest.table)
     for slabs in ("auto", "never"):
@@ -177,7 +177,9 @@ def test_index_says_how_many_cases_are_always_read_whole(tmp_path, capsys):
     image = tmp_path / "images" / "case_00003_x.npy"
     np.save(image, np.asfortranarray(np.load(image)))
     roots = ["--images", f"{tmp_path}/images", "--labels", f"{tmp_path}/labels"]
-    assert main(["index", *roots, "--output", f"{tmp_path}/m.parquet", "--boxes"]) == 0
-    assert "of 3 cases; 2 are no pair of C-ordered .npy volumes" in " ".join(capsys.readouterr().out.split())
+    policy = ["--on-bad", "quarantine", "--budget-cases", "1"]
+    assert main(["index", *roots, "--output", f"{tmp_path}/m.parquet", "--boxes", *policy]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of 3 cases; 1 are compressed or in Fortran order, and are always read whole" in said
     known = known_of(Manifest.load(f"{tmp_path}/m.parquet").table)
     assert [each is None for each in known] == [False, True, False, True, False]

@@ -66,6 +66,7 @@ def same_weights(run_dir: str, wanted: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5)
 
 
+@pytest.mark.crash  # not for crashes: it starts two whole runs
 def test_two_parts_of_16_end_as_32_do_resumed_in_mid_epoch_on_other_ranks_or_not(places, tmp_path):
     options = {"evaluate_every": 0, "epochs": 2, "checkpoint_every_steps": 1, "checkpoints_kept": 9}
     options["ledger"] = str(tmp_path / "ledger")
