@@ -126,7 +126,8 @@ class Begin:
     Attributes:
         position: where the run stands.
         first_read: the first epoch whose data are read; see `Position.first_read`.
-        done: whether the run has reached its quality threshold already.
+        done: whether an epoch that is trained has reached the quality threshold: nothing is left but to score the last
+            one, where that was not finished. Its row may be written although its weights are not kept as the best.
     """
 
     position: checkpoint.Position
@@ -220,9 +221,9 @@ class RankLoop:
 
     def run(self) -> None:
         """Score the epoch that is still to be scored, if one is, and train every epoch that is left."""
-        if self.start.done:
-            return
         position = self.start.position
+        if self.start.done and position.unscored is None:
+            return
         before: EpochPart | None = position.before
         epochs = range(position.epoch, self.recipe.trainer.epochs)
         self.start = dataclasses.replace(self.start, position=checkpoint.START)  # eight bytes a case, not needed again
@@ -332,7 +333,8 @@ class RankLoop:
         """Score an epoch that is trained and whose checkpoint is written, and report its row.
 
         Returns:
-            Whether to go on with the next epoch: False where the run is to stop, or reached its quality threshold.
+            Whether to go on with the next epoch: False where the run is to stop, or reached its quality threshold, by
+            this epoch or by one before.
         """
         trainer, epoch = self.recipe.trainer, int(row["epoch"])
         if trainer.evaluates(epoch):  # a resumed run may score no more
@@ -352,7 +354,7 @@ class RankLoop:
             row = row | {"mean_dice": scores.mean_dice, "dice_by_class": scores.by_class, "scored": scores.cases}
             row["mean_dice_present"] = scores.mean_dice_present
             row["evaluate_s"] = time.perf_counter() - before_s
-        goes_on = reached([row], trainer.quality_threshold, epoch + 1) is None
+        goes_on = not self.start.done and reached([row], trainer.quality_threshold, epoch + 1) is None
         if goes_on:
             self.epochs.begin(epoch + 1)
         ray.train.report(self.about(row, {}))
