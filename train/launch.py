@@ -223,7 +223,8 @@ def fit(
     recipe = job.recipe
     ranks = recipe.trainer.num_workers
     storage = storage_of(run_dir, recipe.data.store)
-    if (dropped := drop_damaged_record(run_dir)) is not None and job.monitor is not None:
+    dropped = drop_damaged_record(run_dir, read_position(run_dir).checkpoint)
+    if dropped is not None and job.monitor is not None:
         job.monitor.warn(dropped)
     named = functools.partial(disk_full, job=job)
     restarts = Restarts(run_dir, recipe.trainer.max_failures, job.monitor, job.stop_flag, named)
