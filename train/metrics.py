@@ -63,7 +63,7 @@ class MetricsWriter(UserCallback):
         self._run_dir = run_dir
         self._monitor = monitor
         self._listing_s = listing_s
-        self._unwritten: list[Row] = []
+        self._unwritten = unwritten_rows(run_dir)  # of an earlier start; the next naming would replace them
         self._checkpoint: str | None = None
 
     def after_report(
