@@ -54,7 +54,7 @@ from .ray_record import drop_damaged_record
 from .report import epoch_table
 from .restarts import Restarts, process_died
 from .resume_rules import Change, record
-from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, run_folder
+from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, drop_cases_of_before, run_folder
 from .run_storage import storage_of
 from .stop import in_thread, on_signals
 from .tracking import reach, tracked
@@ -109,6 +109,8 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             console.print(f"warning: {words}", markup=False)
     resumed = checks_of_run_dir(recipe, run_dir)
     changes = changed_settings(recipe, run_dir) if resumed else []
+    for words in [] if resumed else drop_cases_of_before(run_dir):
+        console.print(words, markup=False)
     preflight.check_space(recipe, run_dir)
     tracking = reach(recipe.trainer.mlflow, run_dir, resumed=resumed)
     if recipe.trainer.check_resources and not ray.is_initialized():
