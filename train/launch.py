@@ -157,7 +157,8 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
         # Also of a run that goes on, whose settings may have changed as far as `resume_rules` allows.
         open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
         bad = recipe.data.bad
-        monitor = start_monitor(run_dir, tensorboard=recipe.trainer.tensorboard)
+        holder = lease.holder.holder
+        monitor = start_monitor(run_dir, tensorboard=recipe.trainer.tensorboard, holder=holder)
         quarantine = start_quarantine(run_dir, bad, len(manifest), monitor.warn) if bad.quarantines else None
         job = LoopJob(
             recipe=recipe,
@@ -196,7 +197,6 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             job.stop_flag.set.remote()
             monitor.tell("event", "stop", words[:500])
 
-        holder = lease.holder.holder
         with (
             on_signals(ask) as stopped,
             lease.on_loss(ask_lost),
