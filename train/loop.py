@@ -202,7 +202,7 @@ class RankLoop:
             executions=job.executions(self.start.first_read),
             ahead=trainer.prefetch_batches,
         )
-        attempt = from_rank_0(attempt_name)
+        attempt = from_rank_0(functools.partial(attempt_name, trainer.ledger))
         self.ledger = Ledger(
             trainer.ledger,
             attempt=attempt,
