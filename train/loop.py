@@ -105,9 +105,13 @@ class LoopJob:
 
         Raises:
             RuntimeError: the data of this start were planned from another checkpoint.
+            UnreachableError: they could not be planned.
         """
+        noted = noted_plan(self.stop_flag)
+        if noted is not None and noted.failure is not None:
+            raise noted.failure
         position, plan = self.planned()
-        noted = noted_plan(self.stop_flag) or plan
+        noted = noted or plan
         if noted.checkpoint != position.checkpoint:
             raise RuntimeError(
                 f"expected to go on from {noted.checkpoint or 'the start'}, which the data were planned from, found "

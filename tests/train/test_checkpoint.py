@@ -202,7 +202,7 @@ def test_a_case_that_turned_bad_after_it_was_trained_on_does_not_count_as_left(t
     )
     position, plan = job.planned()
     assert position.epoch == 2
-    assert plan == ("checkpoint_a", epoch)  # seven of nine are trained on, and a step takes two
+    assert plan[:2] == ("checkpoint_a", epoch)  # seven of nine are trained on, and a step takes two
 
 
 def test_a_checkpoint_holds_nothing_that_runs_when_it_is_loaded(tmp_path):
