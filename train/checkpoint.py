@@ -191,7 +191,7 @@ def read_position(run_dir: str) -> Position:
     whole = [position for position in positions if isinstance(position, Position)]
     reason = found or f"expected {store.uri_of(LATEST_FILE)}, found none"
     if whole:
-        newest = max(whole, key=lambda each: each.step)
+        newest = max(whole, key=lambda each: (each.step, each.epoch))
         logger.warning("%s; going on from %s, the newest whole checkpoint there", reason, newest.checkpoint)
         return dataclasses.replace(newest, instead_of=reason)
     if found is None and not any(_is_finished(store, other) for other in others):
