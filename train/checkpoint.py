@@ -51,7 +51,8 @@ class Position:
         step: optimiser steps taken so far, on each rank.
         before: what was trained on already in the epoch to train next.
         checkpoint: the name of the checkpoint in the run's folder; None at the very start.
-        unscored: the row of the epoch before, which is trained and still to be scored; None where nothing is.
+        unscored: the row of the epoch before, which is trained and still to be scored, or, where it is not to be, to be
+            reported; None where nothing is.
         instead_of: why the run does not go on from the checkpoint that latest.json names; None where it does.
     """
 

@@ -390,7 +390,7 @@ class RankLoop:
                 optimizer=self.take_step.optimizer,
                 recipe_json=self.recipe.to_json(),
                 scaler=self.take_step.scaler,
-                unscored=unscored,
+                unscored=unscored or row,  # a row that is lost on its way to latest.json is reported again
             )
             saved = ray.train.Checkpoint.from_directory(folder)
             self.checkpoint = None

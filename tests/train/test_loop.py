@@ -192,6 +192,19 @@ def test_a_stop_in_the_last_step_of_an_epoch_that_is_not_scored_ends_it(run):
     assert run.start(evaluate_every=0) == (3, [1])
 
 
+def test_a_crash_before_the_first_checkpoint_is_named_loses_no_row_of_an_epoch_that_is_not_scored(run, monkeypatch):
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.metrics.name_latest", die)
+        with pytest.raises(KeyboardInterrupt):
+            run.start(evaluate_every=0)
+    assert (run.position.checkpoint, run.position.step) == ("checkpoint_000", 3)  # it is whole
+    assert run.start(evaluate_every=0) == (3, [1])
+    assert outcome(run) == [(0, 3, None, 6), (1, 6, None, 6)]
+
+
 def test_a_stop_while_scoring_ends_the_run_and_resuming_scores_the_epoch(run, monkeypatch):
     def asked_meanwhile(*arguments: Any) -> Scores | None:
         return run.evaluate(*arguments[:-1], lambda: True)
