@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import io
 import math
@@ -23,12 +24,13 @@ from .errors import (
     ObjectError,
     ObjectNotFoundError,
     PlaceNotFoundError,
+    PreconditionError,
     QuarantineBudgetError,
     StaleManifestError,
 )
 from .gunzip import uncompressed
 from .plan import Indices
-from .stores.base import open_store
+from .stores.base import Store, open_store
 from .stores.local import LocalStore
 
 QUARANTINE_FILE = "quarantine.parquet"
@@ -178,6 +180,7 @@ class QuarantineBook:
         self._one_writer = threading.Lock()
         self._next_write_s = clock()
         self._entries: dict[int, QuarantineEntry] | None = None
+        self._generation: int | None = 0  # of the file that they were read from or written to
         self._open: _Write | None = None
         self._under_way: _Write | None = None
         self._refused: dict[int, QuarantineEntry] = {}
@@ -225,7 +228,7 @@ class QuarantineBook:
         try:
             if self._run_dir is not None:
                 store = open_store(self._run_dir)
-                store.put(QUARANTINE_FILE, to_parquet(taken.values()))
+                taken = self._put(store, taken)
                 if not isinstance(store, LocalStore):
                     self._next_write_s = self._clock() + WRITE_EVERY_S
             with self._lock:
@@ -236,6 +239,19 @@ class QuarantineBook:
             with self._lock:
                 self._under_way = None
             write.done = True
+
+    def _put(self, store: Store, taken: dict[int, QuarantineEntry]) -> dict[int, QuarantineEntry]:
+        """Write the entries, with those that somebody else has written since, and return all.
+
+        Another run may have taken the folder over while this one's machine slept: its entries must not be lost.
+        """
+        while True:
+            with contextlib.suppress(PreconditionError):
+                self._generation = store.put(QUARANTINE_FILE, to_parquet(taken.values()), self._generation)
+                return taken
+            saved, self._generation = _saved(store)
+            there = {entry.index: entry for entry in saved}
+            taken = there | {index: entry for index, entry in taken.items() if index not in there}
 
     def entries(self) -> list[QuarantineEntry]:
         """See `Quarantine.entries`."""
@@ -248,7 +264,7 @@ class QuarantineBook:
 
     def _loaded(self) -> dict[int, QuarantineEntry]:
         if self._entries is None:
-            saved = [] if self._run_dir is None else load_entries(self._run_dir)
+            saved, self._generation = ([], 0) if self._run_dir is None else _saved(open_store(self._run_dir))
             self._entries = {entry.index: entry for entry in saved}
         return self._entries
 
@@ -298,13 +314,17 @@ def load_entries(run_dir: str) -> list[QuarantineEntry]:
         ManifestError: there is a file, and it is not one of ours.
         StoreError: the place cannot be read.
     """
-    store = open_store(run_dir)
+    return _saved(open_store(run_dir))[0]
+
+
+def _saved(store: Store) -> tuple[list[QuarantineEntry], int | None]:
+    """What a run's folder holds, and the generation of the file; nothing and 0 where there is no such file."""
     try:
         saved = next((found for found in store.list(QUARANTINE_FILE) if found.name == QUARANTINE_FILE), None)
     except PlaceNotFoundError:
-        return []
+        return [], 0
     if saved is None:
-        return []
+        return [], 0
     data = store.fetch([saved])[0]
     try:
         table = pq.read_table(pa.BufferReader(uncompressed(data))).select(SCHEMA.names).cast(SCHEMA)
@@ -313,7 +333,7 @@ def load_entries(run_dir: str) -> list[QuarantineEntry]:
             f"{store.uri_of(QUARANTINE_FILE)}: expected a Parquet file with the columns {SCHEMA.names}, found "
             f"something else ({error}); put back the one that the run wrote, or move it away to try all cases again"
         ) from error
-    return [QuarantineEntry(**row) for row in table.to_pylist()]
+    return [QuarantineEntry(**row) for row in table.to_pylist()], saved.generation
 
 
 def _named(entries: list[QuarantineEntry], shown: int = SHOWN, *, with_uri: bool = True) -> str:

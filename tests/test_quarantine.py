@@ -158,6 +158,18 @@ def test_one_case_over_the_budget_is_refused_for_good_and_all_are_named():
     assert book.indices().tolist() == [1, 2]
 
 
+def test_a_run_that_wakes_up_in_a_folder_of_another_run_loses_none_of_its_bad_cases(tmp_path):
+    run_dir = str(tmp_path / "run")
+    slept = QuarantineBook(run_dir, budget=9)
+    slept.report(entry(3))
+    other = QuarantineBook(run_dir, budget=9)
+    other.report(entry(5), entry(8))
+    slept.report(entry(5, epoch=7), entry(6))
+    assert load_entries(run_dir) == [entry(3), entry(5), entry(8), entry(6)]
+    other.report(entry(1))
+    assert [each.index for each in load_entries(run_dir)] == [3, 5, 8, 6, 1]
+
+
 def test_an_entry_is_in_the_runs_folder_before_the_report_returns_and_is_there_for_the_next_start(tmp_path):
     run_dir = str(tmp_path / "run")
     book = QuarantineBook(run_dir, budget=3)

@@ -184,18 +184,18 @@ def replay(
 ) -> Audit:
     """Count what was trained on in the steps that stand.
 
-    The steps of an attempt that stand are those up to where the next attempt began; the last one's are those up to
-    the run's last checkpoint.
+    The steps of an attempt that stand are those up to where any later attempt began, and up to the run's last
+    checkpoint. A later one may begin before its predecessor did, where that one's checkpoint was found damaged.
     """
     trained: dict[int, Counter[int]] = defaultdict(Counter)
     step_cases: dict[int, int] = defaultdict(int)  # the most that a step of the epoch's attempts takes
     problems: list[str] = []
     rolled_back = 0
-    expected_step = 0
+    reached = 0  # the last step that an attempt so far has taken
     for number, attempt in enumerate(attempts):
-        stands = attempts[number + 1].start_step if number + 1 < len(attempts) else position.step
-        if attempt.start_step != expected_step:
-            problems.append(f"{attempt.name} goes on from step {attempt.start_step}, expected {expected_step}")
+        stands = min([position.step, *(later.start_step for later in attempts[number + 1 :])])
+        if attempt.start_step > reached:
+            problems.append(f"{attempt.name} goes on from step {attempt.start_step}, expected {reached} at the most")
         problems.extend(
             f"{attempt.name} has no record of step {step}, which a checkpoint covers"
             for step in range(attempt.start_step + 1, stands + 1)
@@ -211,7 +211,7 @@ def replay(
                 # the next: so it counts for the epoch before its own too.
                 for bounded in (epoch - 1, epoch):
                     step_cases[bounded] = max(step_cases[bounded], attempt.step_cases)
-        expected_step = stands
+        reached = max([reached, attempt.start_step, *attempt.steps])
     before = set(position.before.indices.tolist())
     in_ledger = set(trained.get(position.epoch, Counter()))
     if before != in_ledger:

@@ -51,7 +51,8 @@ class Position:
         step: optimiser steps taken so far, on each rank.
         before: what was trained on already in the epoch to train next.
         checkpoint: the name of the checkpoint in the run's folder; None at the very start.
-        unscored: the row of the epoch before, which is trained and still to be scored; None where nothing is.
+        unscored: the row of the epoch before, which is trained and still to be scored, or, where it is not to be, to be
+            reported; None where nothing is.
         instead_of: why the run does not go on from the checkpoint that latest.json names; None where it does.
     """
 
@@ -191,7 +192,7 @@ def read_position(run_dir: str) -> Position:
     whole = [position for position in positions if isinstance(position, Position)]
     reason = found or f"expected {store.uri_of(LATEST_FILE)}, found none"
     if whole:
-        newest = max(whole, key=lambda each: each.step)
+        newest = max(whole, key=lambda each: (each.step, each.epoch))
         logger.warning("%s; going on from %s, the newest whole checkpoint there", reason, newest.checkpoint)
         return dataclasses.replace(newest, instead_of=reason)
     if found is None and not any(_is_finished(store, other) for other in others):

@@ -20,10 +20,12 @@ class Plan(NamedTuple):
     Attributes:
         checkpoint: that the start goes on from; None at the run's start.
         first_read: the first epoch whose data are read. Which one it is depends on the quarantine of that instant.
+        failure: why nothing could be planned; the ranks of the start fail with it. None where all is planned.
     """
 
     checkpoint: str | None
     first_read: int
+    failure: UnreachableError | None = None
 
 
 class _Flag:

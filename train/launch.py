@@ -54,7 +54,7 @@ from .ray_record import drop_damaged_record
 from .report import epoch_table
 from .restarts import Restarts, process_died
 from .resume_rules import Change, record
-from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, run_folder
+from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, drop_cases_of_before, run_folder
 from .run_storage import storage_of
 from .stop import in_thread, on_signals
 from .tracking import reach, tracked
@@ -109,6 +109,8 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             console.print(f"warning: {words}", markup=False)
     resumed = checks_of_run_dir(recipe, run_dir)
     changes = changed_settings(recipe, run_dir) if resumed else []
+    for words in [] if resumed else drop_cases_of_before(run_dir):
+        console.print(words, markup=False)
     preflight.check_space(recipe, run_dir)
     tracking = reach(recipe.trainer.mlflow, run_dir, resumed=resumed)
     if recipe.trainer.check_resources and not ray.is_initialized():
@@ -156,7 +158,8 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
         # Also of a run that goes on, whose settings may have changed as far as `resume_rules` allows.
         open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
         bad = recipe.data.bad
-        monitor = start_monitor(run_dir, tensorboard=recipe.trainer.tensorboard)
+        holder = lease.holder.holder
+        monitor = start_monitor(run_dir, tensorboard=recipe.trainer.tensorboard, holder=holder)
         quarantine = start_quarantine(run_dir, bad, len(manifest), monitor.warn) if bad.quarantines else None
         job = LoopJob(
             recipe=recipe,
@@ -195,7 +198,6 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             job.stop_flag.set.remote()
             monitor.tell("event", "stop", words[:500])
 
-        holder = lease.holder.holder
         with (
             on_signals(ask) as stopped,
             lease.on_loss(ask_lost),
@@ -224,7 +226,8 @@ def fit(
     recipe = job.recipe
     ranks = recipe.trainer.num_workers
     storage = storage_of(run_dir, recipe.data.store)
-    if (dropped := drop_damaged_record(run_dir)) is not None and job.monitor is not None:
+    dropped = drop_damaged_record(run_dir, read_position(run_dir).checkpoint)
+    if dropped is not None and job.monitor is not None:
         job.monitor.warn(dropped)
     named = functools.partial(disk_full, job=job)
     restarts = Restarts(run_dir, recipe.trainer.max_failures, job.monitor, job.stop_flag, named)

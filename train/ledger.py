@@ -12,11 +12,13 @@ after its last part: steps that no checkpoint covers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -29,11 +31,25 @@ from ingest.stores.local import LocalStore
 from .plain_json import to_json
 
 NAME = re.compile(r"attempt-(.+)-rank-(\d+)(?:-part-(\d+))?\.jsonl")
+NAMED = re.compile(r"attempt-(\d{20})-")  # by `attempt_name`
 
 
-def attempt_name() -> str:
-    """A new name for an attempt: names sort by when they were made."""
-    return f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+def attempt_name(folder: str | None = None, clock: Callable[[], int] = time.time_ns) -> str:
+    """A new name for an attempt: names sort by when they were made, also where a clock was put back.
+
+    Args:
+        folder: the ledger that the attempt is for: its name is behind all that are there. None for none.
+        clock: the time in ns; rank 0 may be on another machine at each start.
+
+    Raises:
+        StoreError: the ledger cannot be read.
+    """
+    newest = 0
+    if folder is not None:
+        with contextlib.suppress(PlaceNotFoundError):
+            made = (NAMED.match(entry.name) for entry in open_store(folder).list("attempt-"))
+            newest = max((int(found[1]) for found in made if found is not None), default=0)
+    return f"{max(clock(), newest + 1):020d}-{uuid.uuid4().hex[:8]}"
 
 
 class Ledger:

@@ -105,9 +105,13 @@ class LoopJob:
 
         Raises:
             RuntimeError: the data of this start were planned from another checkpoint.
+            UnreachableError: they could not be planned.
         """
+        noted = noted_plan(self.stop_flag)
+        if noted is not None and noted.failure is not None:
+            raise noted.failure
         position, plan = self.planned()
-        noted = noted_plan(self.stop_flag) or plan
+        noted = noted or plan
         if noted.checkpoint != position.checkpoint:
             raise RuntimeError(
                 f"expected to go on from {noted.checkpoint or 'the start'}, which the data were planned from, found "
@@ -126,7 +130,8 @@ class Begin:
     Attributes:
         position: where the run stands.
         first_read: the first epoch whose data are read; see `Position.first_read`.
-        done: whether the run has reached its quality threshold already.
+        done: whether an epoch that is trained has reached the quality threshold: nothing is left but to score the last
+            one, where that was not finished. Its row may be written although its weights are not kept as the best.
     """
 
     position: checkpoint.Position
@@ -201,7 +206,7 @@ class RankLoop:
             executions=job.executions(self.start.first_read),
             ahead=trainer.prefetch_batches,
         )
-        attempt = from_rank_0(attempt_name)
+        attempt = from_rank_0(functools.partial(attempt_name, trainer.ledger))
         self.ledger = Ledger(
             trainer.ledger,
             attempt=attempt,
@@ -220,9 +225,9 @@ class RankLoop:
 
     def run(self) -> None:
         """Score the epoch that is still to be scored, if one is, and train every epoch that is left."""
-        if self.start.done:
-            return
         position = self.start.position
+        if self.start.done and position.unscored is None:
+            return
         before: EpochPart | None = position.before
         epochs = range(position.epoch, self.recipe.trainer.epochs)
         self.start = dataclasses.replace(self.start, position=checkpoint.START)  # eight bytes a case, not needed again
@@ -332,7 +337,8 @@ class RankLoop:
         """Score an epoch that is trained and whose checkpoint is written, and report its row.
 
         Returns:
-            Whether to go on with the next epoch: False where the run is to stop, or reached its quality threshold.
+            Whether to go on with the next epoch: False where the run is to stop, or reached its quality threshold, by
+            this epoch or by one before.
         """
         trainer, epoch = self.recipe.trainer, int(row["epoch"])
         if trainer.evaluates(epoch):  # a resumed run may score no more
@@ -352,7 +358,7 @@ class RankLoop:
             row = row | {"mean_dice": scores.mean_dice, "dice_by_class": scores.by_class, "scored": scores.cases}
             row["mean_dice_present"] = scores.mean_dice_present
             row["evaluate_s"] = time.perf_counter() - before_s
-        goes_on = reached([row], trainer.quality_threshold, epoch + 1) is None
+        goes_on = not self.start.done and reached([row], trainer.quality_threshold, epoch + 1) is None
         if goes_on:
             self.epochs.begin(epoch + 1)
         ray.train.report(self.about(row, {}))
@@ -384,7 +390,7 @@ class RankLoop:
                 optimizer=self.take_step.optimizer,
                 recipe_json=self.recipe.to_json(),
                 scaler=self.take_step.scaler,
-                unscored=unscored,
+                unscored=unscored or row,  # a row that is lost on its way to latest.json is reported again
             )
             saved = ray.train.Checkpoint.from_directory(folder)
             self.checkpoint = None

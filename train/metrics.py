@@ -63,7 +63,7 @@ class MetricsWriter(UserCallback):
         self._run_dir = run_dir
         self._monitor = monitor
         self._listing_s = listing_s
-        self._unwritten: list[Row] = []
+        self._unwritten = unwritten_rows(run_dir)  # of an earlier start; the next naming would replace them
         self._checkpoint: str | None = None
 
     def after_report(
@@ -93,7 +93,7 @@ class MetricsWriter(UserCallback):
         rows = rows if row is None else upsert(rows, row)
         self._unwritten = [each for each in rows if written is None or each not in written]
         if checkpoint is not None:
-            name_latest(self._run_dir, name, self._unwritten)
+            name_latest(self._run_dir, name, self._unwritten, scored=row is not None)
         if self._unwritten and written is not None:
             with self._told_of("metrics.json"):
                 open_store(self._run_dir).put(METRICS_FILE, to_json(rows).encode())

@@ -24,6 +24,7 @@ from ingest.stores import open_store
 from ingest.tally import Work
 
 from .gauges import Gauges
+from .lease import LEASE_STORE, require_held
 from .plain_json import is_figure
 from .records import Event, StepRecord, read_events, write_events, write_steps
 from .waits import Blocked, EpochWork, by_cause
@@ -98,15 +99,19 @@ class Mark(NamedTuple):
 class RunMonitor:
     """The monitor itself; an actor where `start_monitor` makes it. Its calls come one after the other."""
 
-    def __init__(self, run_dir: str, *, tensorboard: bool = False, gauges: Any = None) -> None:
+    def __init__(
+        self, run_dir: str, *, tensorboard: bool = False, gauges: Any = None, holder: str | None = None
+    ) -> None:
         """Take up what is kept of an earlier start.
 
         Args:
             run_dir: the run's folder or gs:// place.
             tensorboard: whether to write TensorBoard logs too.
             gauges: in the place of Ray's metrics, where there is no Ray.
+            holder: the id of the run's lease: events are not written while the lease is another's, since they would
+                replace those of that run. None writes them in any case.
         """
-        self._store = open_store(run_dir)
+        self._store, self._run_dir, self._holder = open_store(run_dir), run_dir, holder
         self._gauges = Gauges(run_dir.rstrip("/").rpartition("/")[2]) if gauges is None else gauges
         self._board = self._make_board() if tensorboard else None
         self._events = read_events(run_dir)
@@ -304,6 +309,8 @@ class RunMonitor:
 
     def _keep_events(self) -> None:
         with self._warned("events, kept to be written with the next"):
+            if self._holder is not None:
+                require_held(open_store(self._run_dir, LEASE_STORE), self._holder)
             write_events(self._store, self._events)
 
     @contextlib.contextmanager
@@ -373,8 +380,8 @@ def _actor(name: str, namespace: str) -> Any:
     return ray.get_actor(name, namespace=namespace)
 
 
-def start_monitor(run_dir: str, *, tensorboard: bool = False) -> Monitor:
-    """Start a run's monitor on this node, on no CPU; it ends with the handle that is returned."""
+def start_monitor(run_dir: str, *, tensorboard: bool = False, holder: str | None = None) -> Monitor:
+    """Start a run's monitor on this node, on no CPU; it ends with the handle that is returned. See `RunMonitor`."""
     context = ray.get_runtime_context()
     name = f"voxflux-monitor-{uuid.uuid4().hex[:12]}"
     keeper = (
@@ -387,6 +394,6 @@ def start_monitor(run_dir: str, *, tensorboard: bool = False) -> Monitor:
             max_task_retries=-1,  # what it is told while it is started again reaches it
             scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True),
         )
-        .remote(run_dir, tensorboard=tensorboard)
+        .remote(run_dir, tensorboard=tensorboard, holder=holder)
     )
     return Monitor(name, context.namespace, keeper)

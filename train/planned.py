@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import ray.data
 
+from ingest.errors import UnreachableError
 from ingest.manifest import Manifest
 from ingest.pipeline import training_dataset, warm_reader
 from ingest.plan import Indices, epochs_together
 
 from .ahead import TURNS
-from .flag import given_up, note_plan, noted_plan
+from .flag import Plan, given_up, note_plan, noted_plan
 from .holdout import HELD_OUT
 
 if TYPE_CHECKING:
@@ -61,9 +62,16 @@ def planned_dataset(job: LoopJob, manifest: Manifest, train: Indices, turn: int 
     noted = noted_plan(job.stop_flag) if turn else None
     consumed = None
     if noted is None:
-        position, noted = job.planned()
+        try:
+            position, noted = job.planned()
+            consumed = position.before.indices if noted.first_read == position.epoch else None
+        except UnreachableError as error:
+            if job.stop_flag is None:
+                raise
+            # An error from here ends the run for good, though a server may answer again. A failure of ranks is counted,
+            # and they are started again as often as the run allows.
+            noted = Plan(None, 0, error)
         note_plan(job.stop_flag, noted)
-        consumed = position.before.indices if noted.first_read == position.epoch else None
     first = noted.first_read
     executions = job.executions(first)
     return training_dataset(

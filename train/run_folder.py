@@ -8,11 +8,13 @@ from datetime import datetime
 from pathlib import Path
 
 from ingest.errors import ConfigError, PlaceNotFoundError, StoreError
+from ingest.quarantine import QUARANTINE_FILE
 from ingest.stores import open_store
 from ingest.stores.local import LocalStore
 
 from .checkpoint import read_position
 from .config import Recipe, from_json
+from .holdout import HELD_OUT_FILE
 from .resume_rules import Change, changes_of
 from .run_storage import check_ray_can_have
 
@@ -43,6 +45,29 @@ def checks_of_run_dir(recipe: Recipe, run_dir: str) -> bool:
         raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
     changes_of(from_json(store.fetch([saved])[0].decode()), recipe, run_dir)
     return True
+
+
+def drop_cases_of_before(run_dir: str) -> list[str]:
+    """Remove the lists of cases that a run without a checkpoint left in a folder, before another run begins there.
+
+    They name cases by their numbers in that run's manifest. The new run would take them for its own, and leave out, or
+    call held out, other cases of its data.
+
+    Returns:
+        What was removed, in words.
+
+    Raises:
+        StoreError: the folder cannot be read or written.
+    """
+    store = open_store(run_dir)
+    removed = []
+    for name in (QUARANTINE_FILE, HELD_OUT_FILE):
+        with contextlib.suppress(PlaceNotFoundError):
+            for entry in store.list(name):
+                if entry.name == name:
+                    store.delete(name, entry.generation)
+                    removed.append(f"removed {store.uri_of(name)}, of an earlier run that got to no checkpoint")
+    return removed
 
 
 def changed_settings(recipe: Recipe, run_dir: str) -> list[Change]:

@@ -213,8 +213,9 @@ def evaluate(
     parts = [part for part, _ in everyones]
     bad = []
     if holdout.quarantine is not None:
-        held_out = set(holdout.indices.tolist())
-        bad = [entry for entry in holdout.quarantine.entries() if entry.index in held_out]
+        # Not those that were scored: Ray may read a block again later, and find a case of it bad by then.
+        unscored = set(holdout.indices.tolist()) - {score.index for part in parts for score in part}
+        bad = [entry for entry in holdout.quarantine.entries() if entry.index in unscored]
     if bad and len(bad) == len(holdout.rows):
         raise none_to_score(bad)
     return merge(parts, len(holdout.rows) - len(bad))

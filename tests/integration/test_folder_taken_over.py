@@ -1,12 +1,14 @@
 """A run whose folder another run takes over ends in an error, and leaves the folder to the other."""
 
 import dataclasses
+import io
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from ray.train import UserCallback
+from rich.console import Console
 
 from ingest.stores import open_store
 from tests.integration.test_train import quiet, tiny
@@ -34,11 +36,11 @@ class Other(threading.Thread):
         self.rows = len(read_metrics(str(self.run_dir)))
 
 
-def lose(recipe) -> Other:
+def lose(recipe, console: Console | None = None) -> Other:
     other = Other(Path(recipe.run_dir))
     other.start()
     with pytest.raises(LeaseLostError, match=r"taken over by pid \d+ on elsewhere"):
-        launch.run(recipe, "tiny", quiet())
+        launch.run(recipe, "tiny", console or quiet())
     assert read_lease(open_store(recipe.run_dir)).holder == other.holder
     return other
 
@@ -55,7 +57,9 @@ def test_a_run_names_no_checkpoint_in_a_folder_that_was_taken_over(places, tmp_p
 def test_a_run_that_cannot_renew_its_lease_saves_and_ends(places, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "LeaseGuard", lambda *_: UserCallback())  # which would end the run before
     recipe = tiny(places.local, tmp_path / "run", num_workers=1, epochs=1000, evaluate_every=0)
-    lose(recipe)
+    console = Console(file=io.StringIO(), width=1000)
+    lose(recipe, console)
     assert len(read_metrics(recipe.run_dir)) < 1000
-    events = [(event.kind, event.text) for event in read_events(recipe.run_dir)]
-    assert any(kind == "stop" and "lease of the run folder is lost" in text for kind, text in events)
+    assert "the lease of the run folder is lost: it was taken over by pid" in console.file.getvalue()
+    # The events there are the other run's by now.
+    assert not any("lease of the run folder is lost" in event.text for event in read_events(recipe.run_dir))

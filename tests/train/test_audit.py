@@ -36,6 +36,18 @@ def test_steps_after_the_checkpoint_are_rolled_back_and_not_doubled():
     assert found.rolled_back == 1
 
 
+def test_a_start_from_an_older_checkpoint_than_the_start_before_takes_back_the_steps_of_both():
+    second = attempt("b", 3, 4, {4: (1, [0, 1, 2, 3])})  # the checkpoint of step 3 is found damaged after it
+    third = attempt("c", 2, 4, {3: (1, [0, 1, 2, 3]), 4: (1, [4, 5, 6, 7])})
+    found = judge([attempt("a", 0, 4, WHOLE), second, third], position(2, 4))
+    assert found.passed, found.problems
+    assert (found.rolled_back, found.attempts) == (2, 3)
+    # The audit itself may be the first to go back, where no start has followed.
+    found = judge([attempt("a", 0, 4, WHOLE), second], position(1, 2))
+    assert found.passed, found.problems
+    assert found.rolled_back == 2
+
+
 def test_a_case_trained_on_twice_is_found():
     found = judge([attempt("a", 0, 4, WHOLE | {2: (0, [3, 5, 6, 7])})], position(1, 3, 4, 5, 6, 7))
     assert not found.passed

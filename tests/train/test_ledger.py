@@ -14,7 +14,7 @@ from ingest.errors import ConfigError, StoreError
 from ingest.stores import open_store
 from train import launch
 from train.audit import read_attempts
-from train.ledger import Ledger
+from train.ledger import Ledger, attempt_name
 from train.recipes import DEMO
 
 
@@ -45,6 +45,13 @@ def test_an_audit_reads_the_steps_of_all_ranks_and_attempts_in_order(folder):
     found = read_attempts(folder)
     assert [(attempt.start_step, attempt.step_cases) for attempt in found] == [(0, 2), (3, 2)]
     assert found[1].steps == {step: [(0, [step]), (0, [step])] for step in (4, 5, 6)}
+
+
+def test_starts_are_in_order_though_the_clock_was_put_back_between_them(folder):
+    for clock_ns, start in ((2_000, 0), (1_000, 3), (1_000, 5)):
+        with begin(folder, attempt_name(folder, lambda now=clock_ns: now), step=start) as ledger:
+            record(ledger, start + 1)
+    assert [attempt.start_step for attempt in read_attempts(folder)] == [0, 3, 5]
 
 
 def test_a_process_that_is_killed_loses_no_step_that_a_checkpoint_covers(folder):

@@ -16,6 +16,7 @@ from ingest.manifest import Manifest
 from ingest.pipeline import DataConfig
 from ingest.progress import EpochPart
 from train import checkpoint, loop
+from train.best import read_best
 from train.config import Recipe, TrainerConfig
 from train.holdout import Holdout
 from train.loop import Begin, LoopJob, RankLoop
@@ -191,6 +192,19 @@ def test_a_stop_in_the_last_step_of_an_epoch_that_is_not_scored_ends_it(run):
     assert run.start(evaluate_every=0) == (3, [1])
 
 
+def test_a_crash_before_the_first_checkpoint_is_named_loses_no_row_of_an_epoch_that_is_not_scored(run, monkeypatch):
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.metrics.name_latest", die)
+        with pytest.raises(KeyboardInterrupt):
+            run.start(evaluate_every=0)
+    assert (run.position.checkpoint, run.position.step) == ("checkpoint_000", 3)  # it is whole
+    assert run.start(evaluate_every=0) == (3, [1])
+    assert outcome(run) == [(0, 3, None, 6), (1, 6, None, 6)]
+
+
 def test_a_stop_while_scoring_ends_the_run_and_resuming_scores_the_epoch(run, monkeypatch):
     def asked_meanwhile(*arguments: Any) -> Scores | None:
         return run.evaluate(*arguments[:-1], lambda: True)
@@ -234,6 +248,29 @@ def test_a_crash_before_an_epoch_is_said_to_be_scored_scores_it_again(run, monke
     assert run.start() == (3, [1])
     assert outcome(run) == WHOLE
     assert run.scored == [0, 0, 1]
+
+
+def test_a_crash_after_the_row_that_reaches_the_threshold_is_written_loses_no_best_weights(run, monkeypatch):
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.metrics.keep_best", die)
+        with pytest.raises(KeyboardInterrupt):
+            run.start(quality_threshold=0.2)
+    assert (run.position.phase, outcome(run)) == ("score", WHOLE[:1])
+    assert run.start(quality_threshold=0.2) == (0, [])
+    assert (run.position.phase, outcome(run)) == ("train", WHOLE[:1])
+    assert read_best(run.run_dir)["epoch"] == 0
+    assert run.start(quality_threshold=0.2) == (0, [])  # it is done
+    assert run.scored == [0, 0]
+
+
+def test_a_threshold_that_was_reached_before_it_was_lowered_ends_the_run_once_the_open_epoch_is_scored(run):
+    assert run.start(stop_after=6) == (6, [0, 1])
+    assert (run.position.phase, outcome(run)) == ("score", WHOLE[:1])
+    assert run.start(quality_threshold=0.2, epochs=3) == (0, [])
+    assert outcome(run) == WHOLE
 
 
 def test_a_resumed_run_that_scores_no_more_reports_the_row_without_scores(run):

@@ -87,6 +87,23 @@ def test_a_row_that_could_not_be_written_is_read_from_where_the_checkpoint_is_na
     assert [row["epoch"] for row in json.loads((tmp_path / "metrics.json").read_text())] == [0, 1, 2]
 
 
+def test_a_row_that_only_latest_json_holds_outlives_a_start_that_cannot_read_it(tmp_path):
+    """As where a bucket takes no metrics.json in one start, and answers no read in the next."""
+    (tmp_path / "metrics.json").mkdir()  # writing there fails
+    MetricsWriter(str(tmp_path), Told()).after_report(None, [report(0, 0.5)], saved(tmp_path, "checkpoint_a"))
+    writer = MetricsWriter(str(tmp_path), Told())
+
+    def no_answer(_: str) -> list:
+        raise StoreError("no answer")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(metrics, "read_metrics", no_answer)
+        writer.after_report(None, [report(1, 0.4)], saved(tmp_path, "checkpoint_b"))
+    (tmp_path / "metrics.json").rmdir()
+    assert named(tmp_path) == "checkpoint_b"
+    assert [row["epoch"] for row in read_metrics(str(tmp_path))] == [0, 1]
+
+
 def test_metrics_that_cannot_be_read_are_not_replaced_and_the_checkpoint_is_named(tmp_path):
     (tmp_path / "metrics.json").write_text("{damaged")
     monitor = Told()

@@ -23,7 +23,7 @@ from train.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from train.page import page_of
 from train.plain_json import of_json, to_json
 from train.report import epoch_table
-from train.validate import evaluate
+from train.validate import CaseScore, evaluate
 
 
 def strict(text: bytes) -> object:
@@ -106,3 +106,18 @@ def test_a_held_out_set_of_bad_cases_only_ends_the_run_at_its_first_scoring_and_
     network = torch.nn.Identity()
     with pytest.raises(ConfigError, match=r"all 2 in quarantine: case_3 \(not-npy\): expected NPY; case_5"):
         evaluate(network, holdout, SlidingWindowConfig(), shard, torch.device("cpu"))
+
+
+def test_a_case_that_turned_bad_once_it_was_scored_counts_as_scored(monkeypatch):
+    """As where Ray reads a lost block again, and a case of it is gone by then."""
+    book = QuarantineBook(None, 5)
+    for index in (3, 5):
+        book.report(QuarantineEntry(index, f"case_{index}", f"gs://b/case_{index}", "missing", "expected it", 0))
+    holdout = SimpleNamespace(
+        rows=[0, 1, 2], indices=np.array([3, 4, 5]), data=DataConfig(images="a", labels="b"), quarantine=book
+    )
+    scored = [CaseScore(index, f"case_{index}", [0.5], [True]) for index in (4, 5)]
+    monkeypatch.setattr("train.validate.score_rows", lambda *_: iter(scored))
+    shard = SimpleNamespace(iter_batches=lambda **_: [])
+    scores = evaluate(torch.nn.Identity(), holdout, SlidingWindowConfig(), shard, torch.device("cpu"))
+    assert [score.index for score in scores.by_case] == [4, 5]

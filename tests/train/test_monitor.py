@@ -7,8 +7,10 @@ import collections
 import pytest
 from tensorboardX.proto.event_pb2 import Event as TensorBoardEvent
 
+from ingest.stores import open_store
 from ingest.tally import Work
 from train.gauges import METRICS
+from train.lease import take
 from train.monitor import Pulse, RunMonitor
 from train.records import StepRecord, read_events, read_steps
 from train.waits import Blocked
@@ -170,3 +172,19 @@ def test_tensorboard_logs_hold_every_step_and_epoch(tmp_path) -> None:
     assert found["epoch/train_loss"] == [(3, 0.5)]
     assert found["dice/class_2"] == [(3, 0.75)]
     assert "epoch/au" not in found
+
+
+def test_a_run_that_wakes_up_in_a_folder_of_another_run_does_not_replace_its_events(tmp_path) -> None:
+    store = open_store(str(tmp_path))
+    slept = take(store, say=print)
+    first = RunMonitor(str(tmp_path), gauges=Board(), holder=slept.holder.holder)
+    first.begin("00001-a", 2, 0, 0, None)
+    other = take(store, say=print, alive=lambda _: False)
+    second = RunMonitor(str(tmp_path), gauges=Board(), holder=other.holder.holder)
+    second.begin("00002-b", 1, 0, 3, "checkpoint_1")
+    kept = read_events(str(tmp_path))
+    assert len(kept) == 2
+    first.event("fault", "the controller of the run failed: its lease is lost")
+    first.close("fault", "the lease is lost")
+    assert read_events(str(tmp_path)) == kept
+    assert any("it was taken over by pid" in event.text for event in first.told_since(None)[1])

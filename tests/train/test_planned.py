@@ -11,14 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.synthetic import synthetic_manifest
+from ingest.errors import UnreachableError
 from ingest.manifest import Manifest
 from ingest.plan import ShardConfig, plan_epochs
 from ingest.quarantine import BadCaseConfig
+from train import loop, planned
 from train.batches import epochs_of
 from train.config import Recipe, TrainerConfig
+from train.flag import Plan
 from train.holdout import Holdout
 from train.loop import LoopJob, RankLoop, check_epoch
-from train.planned import datasets_of, most_together
+from train.planned import datasets_of, most_together, planned_dataset
 from train.pulse import Pulses
 from train.recipes import KITS19_SMALL
 
@@ -92,6 +95,34 @@ def test_a_batch_that_is_not_of_the_epoch_alone_ends_the_run_and_names_what_it_h
     check_epoch(epochs_of({"epoch": torch.tensor([2, 2, 2])}), 2)
     with pytest.raises(RuntimeError, match=r"expected samples of epoch 2, found some of \[(2, )?3\]"):
         check_epoch(epochs_of({"epoch": torch.tensor(epochs)}), 2)
+
+
+def test_a_run_folder_that_does_not_answer_at_a_start_fails_the_ranks_which_may_start_again(
+    manifest, tmp_path, monkeypatch
+):
+    """What is raised where Ray's controller plans ends a run, however many restarts it is allowed."""
+    notes: list[Plan] = []
+    monkeypatch.setattr(planned, "note_plan", lambda _, plan: notes.append(plan))
+    for module in (planned, loop):
+        monkeypatch.setattr(module, "noted_plan", lambda _: notes[-1] if notes else None)
+    monkeypatch.setattr(planned, "given_up", lambda _: None)
+    monkeypatch.setattr(planned, "warm_reader", lambda _: None)
+    monkeypatch.setattr(planned, "training_dataset", lambda *_, **about: about["executions"])
+    job = dataclasses.replace(job_of(recipe_of(), manifest, tmp_path), stop_flag=object())
+
+    def no_answer(_: str) -> None:
+        raise UnreachableError("gs://b/run: no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.checkpoint, "read_position", no_answer)
+        for turn in (0, 1):
+            planned_dataset(job, manifest, np.arange(CASES), turn)
+        with pytest.raises(UnreachableError, match="no answer"):
+            job.begin()
+    with pytest.raises(UnreachableError, match="no answer"):
+        job.begin()  # it answers by now, but what this start reads is not planned from where the run stands
+    assert planned_dataset(job, manifest, np.arange(CASES)) == [range(2), range(4, 7)]  # the next start
+    assert job.begin().first_read == 0
 
 
 def test_a_rank_that_ends_lets_go_of_what_it_reads():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray.train
+import torch
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
+from ray.train.v2._internal.execution.training_report import _TrainingReport
 
+from ingest.progress import EpochPart
+from train import checkpoint
 from train.ray_compat import RECORD_FILE
 from train.ray_record import drop_damaged_record
 from train.run_storage import storage_of
@@ -44,7 +50,7 @@ def record(tmp_path: Path) -> Path:
 
 def test_a_whole_record_stays(record):
     text = record.read_text()
-    assert drop_damaged_record(str(record.parent)) is None
+    assert drop_damaged_record(str(record.parent), "checkpoint_a") is None
     assert record.read_text() == text
     assert len(rays_own(record.parent).best_checkpoint_results) == 1
 
@@ -54,7 +60,7 @@ def test_a_run_whose_disk_filled_up_while_ray_wrote_its_record_can_be_resumed(re
     record.write_bytes(record.read_bytes()[:size])
     with pytest.raises(CheckpointManagerInitializationError):
         rays_own(record.parent)
-    words = drop_damaged_record(str(record.parent))
+    words = drop_damaged_record(str(record.parent), "checkpoint_a")
     assert f"{record}: expected Ray's record of checkpoints, found damage" in words
     assert not record.exists()
     assert (record.parent / "checkpoint_a" / "state.pt").exists()
@@ -66,10 +72,46 @@ def test_a_record_of_a_checkpoint_that_is_gone_is_removed_with_a_word(record):
     (record.parent / "checkpoint_a").rmdir()
     with pytest.raises(CheckpointManagerInitializationError):
         rays_own(record.parent)
-    assert "found no checkpoint_a; it was removed" in drop_damaged_record(str(record.parent))
+    assert "found no checkpoint_a; it was removed" in drop_damaged_record(str(record.parent), "checkpoint_a")
     rays_own(record.parent)
 
 
+def stored(run_dir: Path, name: str) -> checkpoint.Files:
+    """Store a checkpoint as the ranks and Ray do, before our controller finishes it; Ray deletes the oldest."""
+    network = torch.nn.Linear(1, 1)
+    (run_dir / name).mkdir(parents=True)
+    files = checkpoint.write(
+        run_dir / name,
+        rank=0,
+        ranks=1,
+        part=EpochPart(1, np.zeros(0, dtype=np.int64)),
+        step=3,
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+        recipe_json="{}",
+    )
+
+    async def register() -> None:
+        kept = ray.train.Checkpoint(str(run_dir / name), storage_of(str(run_dir)).filesystem)
+        rays_own(run_dir).register_checkpoint(_TrainingReport(checkpoint=kept, metrics={}, validation=False))
+
+    asyncio.run(register())
+    return files
+
+
+def test_crashes_before_checkpoints_are_finished_leave_the_whole_one_however_many_there_are(tmp_path):
+    run_dir = str(tmp_path)
+    checkpoint.seal(run_dir, "checkpoint_a", stored(tmp_path, "checkpoint_a"))
+    checkpoint.name_latest(run_dir, "checkpoint_a")
+    assert drop_damaged_record(run_dir, "checkpoint_a") is None
+    for name in ("checkpoint_b", "checkpoint_c", "checkpoint_d"):
+        stored(tmp_path, name)  # and the controller dies
+        assert checkpoint.read_position(run_dir).checkpoint == "checkpoint_a"
+        words = drop_damaged_record(run_dir, "checkpoint_a")
+        assert f"expected checkpoint_a, which the run goes on from, to be the newest of {tmp_path}" in words
+        assert f"found {name}; it was removed" in words
+
+
 def test_a_new_run_has_no_record(tmp_path):
-    assert drop_damaged_record(str(tmp_path)) is None
-    assert drop_damaged_record(str(tmp_path / "none")) is None
+    assert drop_damaged_record(str(tmp_path), None) is None
+    assert drop_damaged_record(str(tmp_path / "none"), None) is None
