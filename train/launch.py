@@ -184,7 +184,7 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             position = read_position(run_dir)
             at = f"epoch {position.epoch + 1}, step {position.step}, {len(position.before.indices)} cases of it done"
             if position.unscored is not None:
-                at = f"step {position.step}, epoch {position.epoch} is trained and is scored now"
+                at = f"step {position.step}, epoch {position.epoch} is trained and is finished now"
             console.print(f"going on from {position.checkpoint or 'the start'}: {at}")
 
         def ask() -> None:
