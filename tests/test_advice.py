@@ -1,0 +1,66 @@
+"""What messages advise can be done: every option that one names is an option of some command."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ingest import __main__ as ingest_main
+from train import __main__ as train_main
+from train.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9]*(?:[.-][a-z0-9]+)*)(?![\w.{-]*\{)")
+OF_OTHERS = {
+    *("config", "name"),  # of `run --config FILE`, which its help leaves out
+    *("head", "temp-dir"),  # of `ray start`
+}
+
+
+def help_of(main, *arguments: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), contextlib.suppress(SystemExit):
+        main([*arguments, "--help"])
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    texts = [help_of(ingest_main.main, name) for name in ingest_main.COMMANDS]
+    texts += [help_of(train_main.main, name) for name in train_main.COMMANDS if name != "run"]
+    texts += [help_of(train_main.main, command, name) for command in ("run", "submit") for name in RECIPES]
+    return {found for text in texts for found in OPTION.findall(text)}
+
+
+def messages(folder: str) -> Iterator[tuple[str, str]]:
+    """Each text of a package that is no docstring, with its place."""
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr):  # a text that stands alone documents the line above it
+                docstrings.add(id(node.value))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                yield f"{file.relative_to(ROOT)}:{node.lineno}", node.value
+
+
+@pytest.mark.parametrize("folder", ["ingest", "train"])
+def test_every_option_that_a_message_names_is_an_option_of_a_command(folder, options):
+    assert {"images", "trainer.resume", "data.on-bad", "checkpoint", "source"} <= options
+    named = [(place, option) for place, text in messages(folder) for option in OPTION.findall(text)]
+    assert len(named) > 30
+    unknown = [(place, option) for place, option in named if option not in options | OF_OTHERS]
+    assert unknown == []
