@@ -144,11 +144,10 @@ def test_on_two_ranks_a_kill_leaves_the_loss_curve_as_it_would_have_been(places,
     step = re.fullmatch(rf"{died}; restarting from step (\d+), 1 of 3", failed)
     assert step is not None, failed
     assert began == "2 ranks begin epoch 1 at step 0"
-    # On a busy machine the kill may come before the first checkpoint is named.
+    # Ray's controller looks every half second: the kill may come before the first checkpoint is named.
     assert again == began if step[1] == "0" else f" at step {step[1]}, from checkpoint_" in again
-    lines = printed.getvalue().splitlines()
-    assert [lines.count(line) for line in (began, failed, again)] == [1, 1, 1]
-    assert lines.index(began) < lines.index(failed) < lines.index(again)
+    lines = [line for line in printed.getvalue().splitlines() if line in (began, failed, again)]
+    assert lines == [began, failed, again]
     assert [row["train_loss"] for row in killed.rows] == pytest.approx(
         [row["train_loss"] for row in calm.rows], abs=1e-4
     )
