@@ -184,8 +184,8 @@ def replay(
 ) -> Audit:
     """Count what was trained on in the steps that stand.
 
-    The steps of an attempt that stand are those up to where any later attempt began, and up to the run's last
-    checkpoint. A later one may begin before its predecessor did, where that one's checkpoint was found damaged.
+    A step of an attempt stands if every later attempt began at it or after it, and if the run's last checkpoint covers
+    it. A later attempt may begin before its predecessor did: the predecessor's checkpoint may have been damaged.
     """
     trained: dict[int, Counter[int]] = defaultdict(Counter)
     step_cases: dict[int, int] = defaultdict(int)  # the most that a step of the epoch's attempts takes

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, how it is written, and which one a run goes on from.
+"""Checkpoints: their files, how they are written, and which one a run goes on from.
 
 A checkpoint is a folder. Rank 0 writes `state.pt` (model, optimiser, loss scale, random states) and `position.json`;
 every rank writes `progress-RANK.npz`, the cases it trained on in the epoch under way. Each rank reports the sizes and
@@ -51,8 +51,8 @@ class Position:
         step: optimiser steps taken so far, on each rank.
         before: what was trained on already in the epoch to train next.
         checkpoint: the name of the checkpoint in the run's folder; None at the very start.
-        unscored: the row of the epoch before, which is trained and still to be scored, or, where it is not to be, to be
-            reported; None where nothing is.
+        unscored: the row of the epoch before. That epoch is trained; its scores, if it is to be scored, and the report
+            of its row are still to come. None where nothing of it is to come.
         instead_of: why the run does not go on from the checkpoint that latest.json names; None where it does.
     """
 
@@ -69,11 +69,11 @@ class Position:
 
     @property
     def phase(self) -> str:
-        """`score` where the epoch before is trained and still to be scored, else `train`."""
+        """`score` while scores or the row of the epoch before are still to come, else `train`."""
         return "train" if self.unscored is None else "score"
 
     def first_read(self, train_cases: int, multiple: int) -> int:
-        """The first epoch whose data are read: the one after `epoch` where what is left of that makes no step.
+        """The first epoch whose data are read: `epoch`, or the next one if the cases left of `epoch` make no step.
 
         Args:
             train_cases: cases of an epoch, quarantined ones not counted.
@@ -269,7 +269,7 @@ def load_state(run_dir: str, checkpoint: str) -> dict[str, Any]:
 
 
 def check_archive(data: bytes, place: str) -> None:
-    """Hold a `state.pt` to the checksums in it: torch writes a ZIP archive, and reads it without a look at them.
+    """Check a `state.pt` against its own checksums. It is a ZIP archive, and torch reads it without checking them.
 
     Args:
         data: of the file.

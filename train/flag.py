@@ -1,4 +1,7 @@
-"""Whether a run is to stop, what its ranks read, and why it is not to start again: known to one actor without torch."""
+"""The stop flag of a run: an actor that knows whether to stop, what the ranks read, and why not to start again.
+
+It imports no torch, so that it starts fast.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class Plan(NamedTuple):
 
 
 class _Flag:
-    """Whether the run is to stop, what it reads, and why it is not to start again; one actor a run, on no CPU."""
+    """The actor: one a run, on no CPU."""
 
     def __init__(self, tell: Callable[[str], None] | None = None) -> None:
         self._stop = False
@@ -66,7 +69,7 @@ def make_flag(tell: Callable[[str], None] | None = None) -> Any:
     Args:
         tell: is told, in the actor, when it had to be started again. Pickles.
     """
-    # What it is asked while it starts again is asked again: all of it may be asked twice.
+    # Ray repeats a call that the actor's death cut off. No call does harm when it is made twice.
     return ray.remote(_Flag).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(tell)
 
 

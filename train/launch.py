@@ -54,7 +54,7 @@ from .ray_record import drop_damaged_record
 from .report import epoch_table
 from .restarts import Restarts, process_died
 from .resume_rules import Change, record
-from .run_folder import RECIPE_FILE, changed_settings, checks_of_run_dir, drop_cases_of_before, run_folder
+from .run_folder import RECIPE_FILE, checks_of_run_dir, drop_cases_of_before, run_folder
 from .run_storage import storage_of
 from .stop import in_thread, on_signals
 from .tracking import reach, tracked
@@ -107,8 +107,8 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
     if recipe.trainer.resume is not None:
         for words in check_run_folder(run_dir):
             console.print(f"warning: {words}", markup=False)
-    resumed = checks_of_run_dir(recipe, run_dir)
-    changes = changed_settings(recipe, run_dir) if resumed else []
+    changes = checks_of_run_dir(recipe, run_dir)
+    resumed = changes is not None
     for words in [] if resumed else drop_cases_of_before(run_dir):
         console.print(words, markup=False)
     preflight.check_space(recipe, run_dir)
@@ -149,7 +149,7 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
         if (found := preflight.check_smallest(recipe, manifest, train, quarantined)) is not None:
             console.print(found, markup=False)
         check_visible(recipe, [manifest, held_out], run_dir, nodes)
-        if not resumed:
+        if changes is None:
             manifest.save(f"{run_dir}/{MANIFEST_FILE}")
             save_held_out(run_dir, split)
         else:

@@ -23,7 +23,7 @@ from ingest.errors import ConfigError
 from ingest.plan import Indices
 from ingest.progress import EpochPart, EpochRecorder
 from ingest.quarantine import Quarantine
-from ingest.stall import StallMeter
+from ingest.stall import StallMeter, StallReport
 
 from . import checkpoint
 from .ahead import EpochBatches, executions_of
@@ -139,6 +139,23 @@ class Begin:
     done: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What one rank made of an epoch.
+
+    Attributes:
+        part: what it trained on; on rank 0 with all that was trained on before this start.
+        timing: of this start's steps.
+        rate: the learning rate of the last step.
+        stop: whether the run was asked to stop in the last step.
+    """
+
+    part: EpochPart
+    timing: StallReport
+    rate: float
+    stop: bool
+
+
 def bad_on_all(by_rank: Sequence[Indices]) -> int:
     """How many cases of an epoch are bad by what each rank says: one that a rank trained on is not among its own."""
     return len(functools.reduce(np.intersect1d, by_rank))
@@ -247,42 +264,50 @@ class RankLoop:
         Returns:
             Whether to go on with the next epoch.
         """
+        trained = self.train(epoch, before)
+        if trained is None:
+            return False
+        row = self.row_of(epoch, trained)
+        goes_on = not trained.stop
+        nothing = EpochPart(epoch + 1, np.zeros(0, dtype=np.int64))
+        if self.recipe.trainer.evaluates(epoch):
+            self.save_and_report(nothing, row, is_done=False)
+            return goes_on and self.score(row)
+        if goes_on:
+            self.epochs.begin(epoch + 1)
+        self.save_and_report(nothing, row)
+        return goes_on
+
+    def train(self, epoch: int, before: EpochPart | None) -> Trained | None:
+        """Take the steps of an epoch, or those that are left of it, and save in between as often as is wanted.
+
+        Returns:
+            What was trained; None where the run was asked to stop in mid-epoch, and saved.
+        """
         trainer = self.recipe.trainer
         recorder = EpochRecorder(epoch, self.job.total_cases, before, keeps_before=self.rank == 0)
-        done = len(before.indices) // self.step_cases if before is not None else 0
+        trained_before = len(before.indices) if before is not None else 0
+        done = trained_before // self.step_cases
         steps_per_epoch = max(1, self.job.train_cases // self.step_cases)
-        left = self.job.steps_left(len(before.indices) if before is not None else 0, self.step_cases)
+        left = self.job.steps_left(trained_before, self.step_cases)
         self.network.train()
         samples, stop = 0, False
         rate = learning_rate_at(self.recipe.optimizer, epoch, max(0, done - 1), steps_per_epoch)
         meter = StallMeter(time.perf_counter)
         self.pulses.begin(epoch, meter, steps_per_epoch, functools.partial(self.epochs.shard, epoch))
-        evaluates = trainer.evaluates(epoch)
-        # A checkpoint may leave nothing of its epoch but the row and the scores.
-        batches = self.epochs.of(epoch, left, ahead=not evaluates) if epoch >= self.start.first_read else iter(())
+        batches: Iterator[tuple[Batch, list[int]]] = iter(())
+        if epoch >= self.start.first_read:  # else a checkpoint left nothing of this epoch but its row and its scores
+            batches = self.epochs.of(epoch, left, ahead=not trainer.evaluates(epoch))
         for taken, (batch, found) in enumerate(meter.steps(batches), 1):
             check_epoch(found, epoch)
             rate = learning_rate_at(self.recipe.optimizer, epoch, done, steps_per_epoch)
-            image, label = (batch[name].to(self.device, non_blocking=True) for name in ("image", "label"))
-            result = self.take_step(image, label, rate)
+            loss, stop = self.one_step(epoch, batch, rate)
             indices = batch["index"].numpy()
-            stop, finite = self.stop_watch.agreed(finite=result.finite)
-            self.step += 1
-            if not finite:
-                stop_run(
-                    result,
-                    indices.tolist(),
-                    epoch=epoch,
-                    step=self.step,
-                    rate=rate,
-                    run_dir=self.job.run_dir,
-                    rank=self.rank,
-                )
             done += 1
             samples += len(indices)
-            recorder.add(indices, result.loss * len(indices))
+            recorder.add(indices, loss * len(indices))
             self.ledger.append(epoch=epoch, step=self.step, indices=indices)
-            self.pulses.step(step=self.step, done=done, loss=result.loss, learning_rate=rate, samples=len(indices))
+            self.pulses.step(step=self.step, done=done, loss=loss, learning_rate=rate, samples=len(indices))
             every = trainer.checkpoint_every_steps
             if stop and taken == left:
                 break  # the epoch is trained: its row is kept, and only the scores are left
@@ -290,48 +315,69 @@ class RankLoop:
                 with meter.aside():
                     self.save_and_report(recorder.part())
             if stop:
-                return False
+                return None
         barrier()  # an epoch's time ends when the last rank is done, as the AU formula has it
-        timing = meter.result(samples=int(samples))
-        part = recorder.part()
+        return Trained(recorder.part(), meter.result(samples=samples), rate, stop)
+
+    def one_step(self, epoch: int, batch: Batch, rate: float) -> tuple[float, bool]:
+        """Take one step on all ranks: its loss on this rank, and whether any rank was asked to stop.
+
+        Raises:
+            NonFiniteError: the loss or a gradient of any rank is NaN or infinite.
+        """
+        image, label = (batch[name].to(self.device, non_blocking=True) for name in ("image", "label"))
+        result = self.take_step(image, label, rate)
+        stop, finite = self.stop_watch.agreed(finite=result.finite)
+        self.step += 1
+        if not finite:
+            stop_run(
+                result,
+                batch["index"].tolist(),
+                epoch=epoch,
+                step=self.step,
+                rate=rate,
+                run_dir=self.job.run_dir,
+                rank=self.rank,
+            )
+        return result.loss, stop
+
+    def row_of(self, epoch: int, trained: Trained) -> dict[str, Any]:
+        """The row of a trained epoch over all ranks, without scores; the same on each of them.
+
+        Raises:
+            ConfigError: no rank took a step.
+            RuntimeError: cases were lost on the way, see `remainder`.
+        """
+        part, timing = trained.part, trained.timing
         everyones = gather((len(part.indices), part.loss_sum, part.steps))
-        trained, loss_sum, steps = (sum(values) for values in zip(*everyones, strict=True))
+        cases, loss_sum, steps = (sum(values) for values in zip(*everyones, strict=True))
         if steps == 0:
             raise ConfigError(
-                f"expected at least one step of {trainer.step_batch} samples a rank in epoch {epoch}, found "
-                f"{self.job.train_cases} cases for {self.world_size} ranks; lower --trainer.batch-size or "
+                f"expected at least one step of {self.recipe.trainer.step_batch} samples a rank in epoch {epoch}, "
+                f"found {self.job.train_cases} cases for {self.world_size} ranks; lower --trainer.batch-size or "
                 "--trainer.accumulate, or add cases"
             )
         # What every rank says, since each knows of its own part, and the next epoch may be finding more by now.
         quarantined = bad_on_all(gather(self.job.bad_cases(part.indices)))
-        tail = remainder(self.job.train_cases, trained, quarantined, self.step_cases, epoch)
         mine: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
-            "train_loss": loss_sum / trained,
-            "learning_rate": rate,
-            "samples": samples,
+            "train_loss": loss_sum / cases,
+            "learning_rate": trained.rate,
+            "samples": timing.samples,
             "samples_per_s": timing.samples_per_s,
             "first_batch_s": timing.first_batch_s,
             "stall_share": timing.stall_share,
             "au": timing.au,
             "mean_dice": None,
-            "trained": trained,
+            "trained": cases,
             "quarantined": quarantined,
-            "tail": tail,
+            "tail": remainder(self.job.train_cases, cases, quarantined, self.step_cases, epoch),
             **self.pulses.end(timing),
         }
         if self.take_step.loss_scale is not None:
             mine["loss_scale"] = self.take_step.loss_scale
-        row = merge_ranks(gather(mine))
-        nothing = EpochPart(epoch + 1, np.zeros(0, dtype=np.int64))
-        if evaluates:
-            self.save_and_report(nothing, unscored=row)
-            return not stop and self.score(row)
-        if not stop:
-            self.epochs.begin(epoch + 1)
-        self.save_and_report(nothing, row)
-        return not stop
+        return merge_ranks(gather(mine))
 
     def score(self, row: dict[str, Any]) -> bool:
         """Score an epoch that is trained and whose checkpoint is written, and report its row.
@@ -368,15 +414,14 @@ class RankLoop:
         """This rank's batches of one execution, a step's each, and the epochs of each."""
         return step_batches(shard, self.recipe.trainer.step_batch, pin_memory=self.device.type == "cuda")
 
-    def save_and_report(
-        self, part: EpochPart, row: dict[str, Any] | None = None, *, unscored: dict[str, Any] | None = None
-    ) -> None:
+    def save_and_report(self, part: EpochPart, row: dict[str, Any] | None = None, *, is_done: bool = True) -> None:
         """Write a checkpoint and report it; every rank waits for the others.
 
         Args:
             part: what this rank trained on in the epoch under way.
-            row: of an epoch that is done with it.
-            unscored: of an epoch that is trained and still to be scored.
+            row: of an epoch that is trained with it. The checkpoint keeps it: if it is lost on its way to latest.json,
+                it is reported again.
+            is_done: whether the row is reported now; else it is still to be scored.
         """
         self.ledger.sync()
         with tempfile.TemporaryDirectory() as folder:
@@ -390,11 +435,11 @@ class RankLoop:
                 optimizer=self.take_step.optimizer,
                 recipe_json=self.recipe.to_json(),
                 scaler=self.take_step.scaler,
-                unscored=unscored or row,  # a row that is lost on its way to latest.json is reported again
+                unscored=row,
             )
             saved = ray.train.Checkpoint.from_directory(folder)
             self.checkpoint = None
-            ray.train.report(self.about(row, files), checkpoint=saved)
+            ray.train.report(self.about(row if is_done else None, files), checkpoint=saved)
 
     def about(self, row: dict[str, Any] | None, files: checkpoint.Files) -> dict[str, Any]:
         """What a rank reports to `MetricsWriter`: its files, or the checkpoint that a row without files belongs to."""

@@ -64,7 +64,7 @@ class MetricsWriter(UserCallback):
         self._monitor = monitor
         self._listing_s = listing_s
         self._unwritten = unwritten_rows(run_dir)  # of an earlier start; the next naming would replace them
-        self._checkpoint: str | None = None
+        self._checkpoint = ""  # the newest that this process named
 
     def after_report(
         self,
@@ -81,12 +81,13 @@ class MetricsWriter(UserCallback):
         An epoch that is scored is reported twice: its checkpoint first, then its row, with the scores. The checkpoint
         is said to be scored when all else is done, so that a crash before that scores the epoch again.
         """
-        if checkpoint is not None:
+        if checkpoint is None:
+            name = metrics[0]["checkpoint"] or self._checkpoint  # the one of this start, or the one it went on from
+        else:
             name = PurePosixPath(checkpoint.path).name
             if not self._seal(name, metrics):
                 return
             self._checkpoint = name
-        name = metrics[0]["checkpoint"] or self._checkpoint or ""
         reported = next((report["row"] for report in metrics if report["row"] is not None), None)
         row = None if reported is None else self._row(reported)
         written, rows = self._rows()
@@ -115,7 +116,7 @@ class MetricsWriter(UserCallback):
             words = f"expected {ranks} ranks' parts of {name}, found {len(metrics)}: this checkpoint does not count"
             logger.warning(words)
             if self._monitor is not None:
-                self._monitor.tell("event", "warning", words)
+                self._monitor.warn(words)
             return False
         files: Files = {file: about for report in metrics for file, about in report["files"].items()}
         seal(self._run_dir, name, files)
@@ -150,7 +151,7 @@ class MetricsWriter(UserCallback):
         except (IngestError, OSError) as error:
             logger.warning("could not keep or read %s of the run: %s", what, error)
             if self._monitor is not None:
-                self._monitor.tell("event", "warning", f"could not keep or read {what}: {error}"[:500])
+                self._monitor.warn(f"could not keep or read {what}: {error}"[:500])
 
 
 def read_metrics(run_dir: str) -> list[Row]:

@@ -164,12 +164,12 @@ def check_foreground(recipe: Recipe, manifest: Manifest, left_out: Indices | Non
         empty += found is not None
     if empty and empty == len(manifest):
         raise _all_empty(manifest)
+    if not empty:
+        return None
     return (
         f"warning: expected foreground in the labels, found only background in the {empty} that were looked at, of "
         f"{len(manifest)} in {manifest.labels_uri}; check the labels' values, and that --data.labels names the right "
         "place"
-        if empty
-        else None
     )
 
 
@@ -185,7 +185,7 @@ def _has_foreground(store: Store, label: ObjectMeta) -> bool | None:
 
 def _all_empty(manifest: Manifest) -> ConfigError:
     return ConfigError(
-        f"expected foreground in a label at least, found only background in all {len(manifest)} labels of "
+        f"expected foreground in at least one label, found only background in all {len(manifest)} labels of "
         f"{manifest.labels_uri}; check the labels' values, and that --data.labels names the right place"
     )
 
@@ -309,9 +309,10 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def run_folder_bytes(recipe: Recipe, run_dir: str) -> int:
-    """Room that a local run folder needs: of its checkpoints, less those that are there, and at least one.
+    """Bytes that a run still needs in a local run folder: room for one checkpoint at least.
 
-    It holds the checkpoints that are kept, the best one, and the one that is being written.
+    The folder holds the checkpoints that are kept, the best one, and the one that is being written. Those that are
+    there already need no more room.
     """
     one, kept = checkpoint_bytes(recipe), recipe.trainer.checkpoints_kept + 1
     folders = [*Path(run_dir).glob(f"{FOLDER_PREFIX}*"), Path(run_dir) / BEST_FOLDER]

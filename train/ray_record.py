@@ -1,4 +1,4 @@
-"""Ray's own record of a run's checkpoints, which Ray does not begin without where it is there and damaged."""
+"""Ray's own record of a run's checkpoints. A damaged one keeps Ray from starting, so it is removed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from .ray_compat import RECORD_FILE, recorded_checkpoints
 
 
 def drop_damaged_record(run_dir: str, goes_on_from: str | None) -> str | None:
-    """Remove Ray's own record of the checkpoints where Ray could not begin with it, or would delete by it what is used.
+    """Remove Ray's own record of the checkpoints if Ray could not start with it, or would delete too much by it.
 
-    Ray writes it in place, so that a full disk or a crash may leave a part of it, or one of checkpoints that are gone.
-    It also names checkpoints that a crash left unfinished, and damaged ones. By their number Ray deletes older ones
-    when the next is stored, which is before that is finished: after another crash at that instant there would be no
-    whole checkpoint. So a run goes on from the newest checkpoint of the record, or without the record.
-    What a run goes on from is not in it, but in latest.json. Without it Ray begins a new one, and no longer deletes the
-    checkpoints from before.
+    Ray could not start: it writes the record in place, so a full disk or a crash may leave a part of it, and a record
+    may name checkpoints that are gone.
+
+    Ray would delete too much: the record also counts checkpoints that a crash left unfinished, and damaged ones. When
+    Ray stores the next checkpoint, it deletes the oldest of the record, before the new one is finished. A crash at that
+    instant would leave no whole checkpoint. So the record is kept only if its newest checkpoint is the one that the run
+    goes on from.
+
+    Nothing else is lost with the record: latest.json names what a run goes on from. Ray begins a new record, and no
+    longer deletes the checkpoints from before.
 
     Args:
         run_dir: the run's folder or gs:// place.

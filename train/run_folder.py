@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ingest.errors import ConfigError, PlaceNotFoundError, StoreError
 from ingest.quarantine import QUARANTINE_FILE
-from ingest.stores import open_store
+from ingest.stores import Store, open_store
 from ingest.stores.local import LocalStore
 
 from .checkpoint import read_position
@@ -21,18 +21,37 @@ from .run_storage import check_ray_can_have
 RECIPE_FILE = "recipe.json"
 
 
-def checks_of_run_dir(recipe: Recipe, run_dir: str) -> bool:
-    """Whether the run goes on from an earlier one; that it may is checked first.
+def _has_recipe(store: Store) -> bool:
+    with contextlib.suppress(PlaceNotFoundError):
+        return any(entry.name == RECIPE_FILE for entry in store.list(RECIPE_FILE))
+    return False
+
+
+def saved_recipe(run_dir: str) -> Recipe | None:
+    """The recipe that a run's folder holds; None where there is no run.
+
+    Raises:
+        ConfigError: it is no recipe.
+    """
+    store = open_store(run_dir)
+    with contextlib.suppress(PlaceNotFoundError):
+        for entry in store.list(RECIPE_FILE):
+            if entry.name == RECIPE_FILE:
+                return from_json(store.fetch([entry])[0].decode())
+    return None
+
+
+def checks_of_run_dir(recipe: Recipe, run_dir: str) -> list[Change] | None:
+    """Check that a run may begin in its folder, or go on there.
+
+    Returns:
+        The settings in which a resumed run differs from the recipe that its folder holds; None for a new run.
 
     Raises:
         ConfigError: the folder holds a run that is not asked for, or none where one is, or one with a setting that
             may not change (see `resume_rules`).
     """
-    store = open_store(run_dir)
-    try:
-        saved = next((entry for entry in store.list(RECIPE_FILE) if entry.name == RECIPE_FILE), None)
-    except PlaceNotFoundError:
-        saved = None
+    saved = saved_recipe(run_dir)
     if recipe.trainer.resume is None:
         # A run that ended before its first checkpoint has nothing to go on from: its folder is free.
         if saved is not None and read_position(run_dir).checkpoint is not None:
@@ -40,11 +59,14 @@ def checks_of_run_dir(recipe: Recipe, run_dir: str) -> bool:
                 f"expected no run in {run_dir}, found one; go on with it by --trainer.resume {run_dir}, or choose "
                 "another --run-dir"
             )
-        return False
+        return None
     if saved is None:
-        raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
-    changes_of(from_json(store.fetch([saved])[0].decode()), recipe, run_dir)
-    return True
+        raise _no_run(run_dir)
+    return changes_of(saved, recipe, run_dir)
+
+
+def _no_run(run_dir: str) -> ConfigError:
+    return ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
 
 
 def drop_cases_of_before(run_dir: str) -> list[str]:
@@ -70,19 +92,6 @@ def drop_cases_of_before(run_dir: str) -> list[str]:
     return removed
 
 
-def changed_settings(recipe: Recipe, run_dir: str) -> list[Change]:
-    """The settings in which a resumed run differs from the recipe that its folder holds, as `changes_of` has them.
-
-    Raises:
-        ConfigError: there is no saved recipe, or a setting may not change.
-    """
-    store = open_store(run_dir)
-    saved = next((entry for entry in store.list(RECIPE_FILE) if entry.name == RECIPE_FILE), None)
-    if saved is None:
-        raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
-    return changes_of(from_json(store.fetch([saved])[0].decode()), recipe, run_dir)
-
-
 @contextlib.contextmanager
 def run_folder(recipe: Recipe, name: str) -> Iterator[str]:
     """A run's folder, as `resolve_run_dir` says. A local default one is made here, with a suffix if its name is taken.
@@ -94,9 +103,9 @@ def run_folder(recipe: Recipe, name: str) -> Iterator[str]:
         StoreError: a default folder cannot be made, or the place cannot be read.
     """
     run_dir = resolve_run_dir(recipe, name)
-    if recipe.trainer.resume is not None:
-        check_holds_run(run_dir)
     store = open_store(run_dir)
+    if recipe.trainer.resume is not None and not _has_recipe(store):
+        raise _no_run(run_dir)
     if not isinstance(store, LocalStore):
         yield run_dir
         return
@@ -135,18 +144,6 @@ def make_folder(wanted: Path) -> Path:
         raise StoreError(
             f"expected to make the run folder {folder}, found {error}; give another place by --run-dir"
         ) from error
-
-
-def check_holds_run(run_dir: str) -> None:
-    """Refuse a folder without a run's recipe.
-
-    Raises:
-        ConfigError: it is one, or it does not exist.
-    """
-    with contextlib.suppress(PlaceNotFoundError):
-        if any(entry.name == RECIPE_FILE for entry in open_store(run_dir).list(RECIPE_FILE)):
-            return
-    raise ConfigError(f"expected a run in {run_dir}, found no {RECIPE_FILE}; check --trainer.resume")
 
 
 def resolve_run_dir(recipe: Recipe, name: str) -> str:

@@ -165,7 +165,7 @@ def merge(parts: Sequence[Sequence[CaseScore]], expected: int) -> Scores:
     by_case = [by_index[index] for index in sorted(by_index)]
     if by_case and all(score.empty for score in by_case):
         raise ConfigError(
-            "expected foreground in the label of a held-out case at least, found only background in all "
+            "expected foreground in the label of at least one held-out case, found only background in all "
             f"{len(by_case)}, first: {by_case[0].case_id}; check the labels' values, and that --data.labels names the "
             "right place"
         )

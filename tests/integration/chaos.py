@@ -25,8 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 TARGETS = {
-    "rank": r"^ray::RayTrainWorker|^ray::.*train_loop|^ray::_RayTrainWorker",
-    "data worker": r"^ray::(Read|MapBatches|Map|fetch|_?map)|^ray::IDLE",
+    "rank": r"^ray::RayTrainWorker",
+    "data worker": r"^ray::(Read|IDLE)",
     "coordinator": r"^ray::SplitCoordinator",
     "controller": r"^ray::TrainController",
     "monitor": r"^ray::RunMonitor",
@@ -116,8 +116,6 @@ class Chaos:
         there = sorted(of_run(process.pid).items())
         self.seen |= {pid for pid, _ in there}
         found = [pid for pid, title in there if re.search(TARGETS[target], title)]
-        if target == "driver":
-            found = [process.pid]
         if not found:
             self.say(f"no {target} at this instant, of {sorted({title[:40] for _, title in there})}")
             return

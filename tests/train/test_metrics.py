@@ -23,6 +23,9 @@ class Told:
     def tell(self, method: str, *arguments: object) -> None:
         self.events.append((method, *arguments))
 
+    def warn(self, text: str) -> None:
+        self.tell("event", "warning", text)
+
     def ask(self, *_: object) -> None:
         return None
 
