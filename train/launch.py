@@ -172,35 +172,10 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             quarantine=quarantine,
             monitor=monitor,
         )
-        trainer = recipe.trainer
-        batch = f"{trainer.accumulate} x {trainer.batch_size}" if trainer.accumulate > 1 else f"{trainer.batch_size}"
-        others = f", {split.left_out} other cases of held-out subjects left out" if split.left_out else ""
-        console.print(split.about)
-        console.print(
-            f"{len(train)} cases to train on, {len(held_out)} held out{others}; {recipe.trainer.num_workers} "
-            f"{'GPU' if use_gpu else 'CPU'} ranks of batch {batch}; run folder {run_dir}"
-        )
-        if resumed:
-            position = read_position(run_dir)
-            at = f"epoch {position.epoch + 1}, step {position.step}, {len(position.before.indices)} cases of it done"
-            if position.unscored is not None:
-                at = f"step {position.step}, epoch {position.epoch} is trained and is finished now"
-            console.print(f"going on from {position.checkpoint or 'the start'}: {at}")
-
-        def ask() -> None:
-            console.print("asked to stop: saving after this step; a second signal ends at once")
-            job.stop_flag.set.remote()
-            monitor.tell("event", "stop", "asked to stop")
-
-        def ask_lost(why: str) -> None:
-            words = f"the lease of the run folder is lost: {why}"
-            console.print(f"{words}; saving after this step and ending", markup=False)
-            job.stop_flag.set.remote()
-            monitor.tell("event", "stop", words[:500])
-
+        announce(job, split, console, use_gpu=use_gpu, resumed=resumed)
         with (
-            on_signals(ask) as stopped,
-            lease.on_loss(ask_lost),
+            on_signals(functools.partial(ask_to_stop, job, console)) as stopped,
+            lease.on_loss(functools.partial(ask_to_stop, job, console)),
             ending(run_dir, monitor, console),
             tracked(tracking, recipe, run_dir, console, stopped) as mlflow_run,
             following(job, console, mlflow_run, stopped),
@@ -217,6 +192,41 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
     newest = result.checkpoint
     checkpoint = None if newest is None else f"{run_dir}/{PurePosixPath(newest.path).name}"
     return Outcome(run_dir, rows, checkpoint, pictures, stopped.signal_number, page)
+
+
+def announce(job: LoopJob, split: Split, console: Console, *, use_gpu: bool, resumed: bool) -> None:
+    """Print what a run trains on, and where a resumed one goes on."""
+    trainer = job.recipe.trainer
+    batch = f"{trainer.accumulate} x {trainer.batch_size}" if trainer.accumulate > 1 else f"{trainer.batch_size}"
+    others = f", {split.left_out} other cases of held-out subjects left out" if split.left_out else ""
+    console.print(split.about)
+    console.print(
+        f"{job.train_cases} cases to train on, {len(split.held_out)} held out{others}; {trainer.num_workers} "
+        f"{'GPU' if use_gpu else 'CPU'} ranks of batch {batch}; run folder {job.run_dir}"
+    )
+    if resumed:
+        position = read_position(job.run_dir)
+        at = f"epoch {position.epoch + 1}, step {position.step}, {len(position.before.indices)} cases of it done"
+        if position.unscored is not None:
+            at = f"step {position.step}, epoch {position.epoch} is trained and is finished now"
+        console.print(f"going on from {position.checkpoint or 'the start'}: {at}")
+
+
+def ask_to_stop(job: LoopJob, console: Console, lost: str | None = None) -> None:
+    """Ask the ranks to save after their step and to end.
+
+    Args:
+        job: the run.
+        console: is told why.
+        lost: why the lease of the run folder is lost; None where a signal asks.
+    """
+    asked, after = "asked to stop", "; a second signal ends at once"
+    if lost is not None:
+        asked, after = f"the lease of the run folder is lost: {lost}", ", then ending"
+    console.print(f"{asked}: saving after this step{after}", markup=False)
+    job.stop_flag.set.remote()
+    if job.monitor is not None:
+        job.monitor.tell("event", "stop", asked[:500])
 
 
 def fit(

@@ -121,3 +121,29 @@ def test_a_case_that_turned_bad_once_it_was_scored_counts_as_scored(monkeypatch)
     shard = SimpleNamespace(iter_batches=lambda **_: [])
     scores = evaluate(torch.nn.Identity(), holdout, SlidingWindowConfig(), shard, torch.device("cpu"))
     assert [score.index for score in scores.by_case] == [4, 5]
+
+
+@pytest.mark.parametrize(("asked_after", "scored"), [(1, 1), (2, 2), (4, 3)])
+def test_scoring_ends_after_the_case_that_is_under_way_when_the_run_is_asked_to_stop(monkeypatch, asked_after, scored):
+    begun: list[int] = []
+
+    def rows(*_):
+        for index in (3, 4, 5):
+            begun.append(index)
+            yield CaseScore(index, f"case_{index}", [0.5], [True])
+
+    monkeypatch.setattr("train.validate.score_rows", rows)
+    holdout = SimpleNamespace(
+        rows=[0, 1, 2], indices=np.array([3, 4, 5]), data=DataConfig(images="a", labels="b"), quarantine=None
+    )
+    shard = SimpleNamespace(iter_batches=lambda **_: [])
+    scores = evaluate(
+        torch.nn.Identity(),
+        holdout,
+        SlidingWindowConfig(),
+        shard,
+        torch.device("cpu"),
+        lambda: len(begun) >= asked_after,
+    )
+    assert len(begun) == scored
+    assert (scores is None) == (asked_after <= 3)
