@@ -108,6 +108,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_if_the_named_one_is_not_
     position = checkpoint.read_position(str(tmp_path))
     assert (position.checkpoint, position.step) == ("checkpoint_b", 5)
     assert str(named) in position.instead_of
+    assert ("bytes in" in position.instead_of) == (damage in ("position cut", "progress cut"))
 
 
 def test_without_latest_json_a_run_goes_on_from_the_newest_whole_checkpoint_and_does_not_train_again(tmp_path):

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError
 from rich.console import Console
 
 from tests.train.test_monitor import Board
-from train import follow
+from train import follow, launch
 from train.follow import EventLines, epoch_line, following, progress_text
 from train.monitor import Progress, RunMonitor
 from train.stop import Stopped
@@ -143,3 +143,19 @@ def test_a_stop_flag_is_set_anew_for_as_long_as_the_run_is_to_stop(tmp_path, mon
         assert flag.again.wait(60)
         flag.again.clear()
         assert flag.again.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (None, "asked to stop: saving after this step; a second signal ends at once"),
+        ("it was deleted", "the lease of the run folder is lost: it was deleted: saving after this step, then ending"),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_tells_its_ranks_and_who_follows_it(lost, said):
+    printed, calls = io.StringIO(), []
+    flag = types.SimpleNamespace(set=types.SimpleNamespace(remote=lambda: calls.append("set")))
+    job = types.SimpleNamespace(stop_flag=flag, monitor=types.SimpleNamespace(tell=lambda *event: calls.append(event)))
+    launch.ask_to_stop(job, Console(file=printed, width=200), lost)
+    assert printed.getvalue().strip() == said
+    assert calls == ["set", ("event", "stop", said.partition(": saving")[0])]

@@ -132,6 +132,20 @@ def test_an_epoch_that_is_scored_is_named_first_and_said_to_be_scored_when_its_r
     assert (tmp_path / "best" / "state.pt").read_bytes() == weights("checkpoint_a")
 
 
+def test_damaged_weights_do_not_become_the_best(tmp_path):
+    monitor = Told()
+    writer = MetricsWriter(str(tmp_path), monitor)
+    writer.after_report(None, [report(0, 0.5)], saved(tmp_path, "checkpoint_a"))
+    better = saved(tmp_path, "checkpoint_b")
+    file = tmp_path / "checkpoint_b" / "state.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(data)
+    writer.after_report(None, [report(1, 0.9)], better)
+    assert (tmp_path / "best" / "state.pt").read_bytes() == weights("checkpoint_a")
+    assert any("found damage" in event[-1] for event in monitor.events)
+
+
 def test_the_scores_of_a_resumed_run_belong_to_the_checkpoint_that_its_ranks_went_on_from(tmp_path):
     saved(tmp_path, "checkpoint_b")
     writer = MetricsWriter(str(tmp_path), Told())  # latest.json may be gone, or name a checkpoint that is not whole

@@ -97,10 +97,9 @@ def test_a_batch_that_is_not_of_the_epoch_alone_ends_the_run_and_names_what_it_h
         check_epoch(epochs_of({"epoch": torch.tensor(epochs)}), 2)
 
 
-def test_a_run_folder_that_does_not_answer_at_a_start_fails_the_ranks_which_may_start_again(
-    manifest, tmp_path, monkeypatch
-):
-    """What is raised where Ray's controller plans ends a run, however many restarts it is allowed."""
+@pytest.fixture
+def job(manifest, tmp_path, monkeypatch) -> LoopJob:
+    """A run whose stop flag is a list here, and whose data sets are but their executions."""
     notes: list[Plan] = []
     monkeypatch.setattr(planned, "note_plan", lambda _, plan: notes.append(plan))
     for module in (planned, loop):
@@ -108,7 +107,11 @@ def test_a_run_folder_that_does_not_answer_at_a_start_fails_the_ranks_which_may_
     monkeypatch.setattr(planned, "given_up", lambda _: None)
     monkeypatch.setattr(planned, "warm_reader", lambda _: None)
     monkeypatch.setattr(planned, "training_dataset", lambda *_, **about: about["executions"])
-    job = dataclasses.replace(job_of(recipe_of(), manifest, tmp_path), stop_flag=object())
+    return dataclasses.replace(job_of(recipe_of(), manifest, tmp_path), stop_flag=object())
+
+
+def test_a_run_folder_that_does_not_answer_at_a_start_fails_the_ranks_which_may_start_again(job, manifest, monkeypatch):
+    """What is raised where Ray's controller plans ends a run, however many restarts it is allowed."""
 
     def no_answer(_: str) -> None:
         raise UnreachableError("gs://b/run: no answer")
@@ -122,6 +125,15 @@ def test_a_run_folder_that_does_not_answer_at_a_start_fails_the_ranks_which_may_
     with pytest.raises(UnreachableError, match="no answer"):
         job.begin()  # it answers by now, but what this start reads is not planned from where the run stands
     assert planned_dataset(job, manifest, np.arange(CASES)) == [range(2), range(4, 7)]  # the next start
+    assert job.begin().first_read == 0
+
+
+def test_the_second_data_set_of_a_start_and_its_ranks_go_by_the_plan_of_the_first(job, manifest, monkeypatch):
+    """A case that turns bad in between may leave no step of the epoch: they would then number executions otherwise."""
+    assert planned_dataset(job, manifest, np.arange(CASES)) == [range(2), range(4, 7)]
+    position, _ = job.planned()
+    monkeypatch.setattr(LoopJob, "planned", lambda _: (position, Plan(None, 1)))
+    assert planned_dataset(job, manifest, np.arange(CASES), 1) == [range(2, 4)]
     assert job.begin().first_read == 0
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from train.finite import NonFiniteError
 from train.recipes import DEMO, RECIPES
 from train.records import read_events
 from train.resume_rules import RULES, Change, changes_of, record, rule_of, settings_of
-from train.run_folder import checks_of_run_dir
+from train.run_folder import checks_of_run_dir, run_folder
 from train.step import StepResult
 
 
@@ -58,6 +59,25 @@ def test_every_setting_of_a_recipe_has_a_rule_with_a_reason():
         assert covered == "demo" or any(name == covered or name.startswith(f"{covered}.") for name in names), covered
     with pytest.raises(KeyError, match=r"no rule of RULES says whether trainer\.new_setting may change"):
         rule_of("trainer.new_setting")
+
+
+def test_a_new_run_is_refused_in_the_folder_of_another_and_accepted_where_that_got_to_no_checkpoint(tmp_path):
+    run_dir = a_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"expected no run in .*run, found one; go on with it by --trainer\.resume"):
+        checks_of_run_dir(DEMO, run_dir)
+    (tmp_path / "run" / "latest.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint_1")
+    assert checks_of_run_dir(DEMO, run_dir) is None
+
+
+def test_a_resumed_run_without_a_recipe_is_refused_before_anything_is_written(tmp_path):
+    missing = str(tmp_path / "mistyped")
+    with (
+        pytest.raises(ConfigError, match=r"found no recipe\.json; check --trainer\.resume"),
+        run_folder(resumed(DEMO, missing), "demo"),
+    ):
+        raise AssertionError("the folder is not to be used")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
