@@ -282,11 +282,17 @@ def entry_of(error: ObjectError | DecodeError, *, index: int, case_id: str, uri:
     return QuarantineEntry(index, case_id, uri, reason, str(error), epoch)
 
 
-def over_budget(entries: list[QuarantineEntry], budget: int) -> QuarantineBudgetError:
-    """The error that names the cases and the budget."""
+def over_budget(entries: list[QuarantineEntry], budget: int, *, in_a_run: bool = True) -> QuarantineBudgetError:
+    """Return the error that names the cases and the budget.
+
+    Args:
+        entries: the bad cases.
+        budget: cases that may be bad.
+        in_a_run: whether a training run found them, which can be resumed.
+    """
     return QuarantineBudgetError(
         f"expected at most {budget} bad cases, found {len(entries)}: {_named(entries)}; mend them, or "
-        "raise --data.budget-cases: a run goes on with it by --trainer.resume"
+        "raise --data.budget-cases" + (": a run goes on with it by --trainer.resume" if in_a_run else "")
     )
 
 

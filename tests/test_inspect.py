@@ -234,6 +234,17 @@ def test_boxes_of_bad_cases_are_not_saved_and_the_rest_is_printed(
     assert not (tmp_path / "m.parquet").exists()
 
 
+def test_boxes_that_cannot_be_saved_are_said_and_the_rest_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_set(tmp_path, 2)
+    (tmp_path / "file").write_bytes(b"no folder")
+    printed = inspected(tmp_path, capsys, "--boxes", f"{tmp_path}/file/m.parquet", status=1)
+    assert "wrong: expected to write" in printed
+    assert "transport: direct" in printed
+    assert printed.endswith("wrong: no manifest was saved")
+
+
 def test_objects_of_an_encoding_that_is_not_read_are_said_beside_bad_cases(
     gcs_server: EmbeddedServer, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from ingest.errors import ConfigError, DecodeError
 from ingest.geometry import from_json, resampled_affine
 from ingest.prepare import PrepareConfig, prepare
+from ingest.prepare.placement import count_outside
 from ingest.prepare.resample import (
     grid_places,
     label_at,
@@ -127,6 +128,13 @@ def test_a_label_partly_outside_its_image_is_refused_with_the_count_and_passes_o
     save_case(tmp_path / "in", image[3:], label, image_affine=begun)
     _, y = run(tmp_path / "in", tmp_path / "out", on_mismatch="resample")
     np.testing.assert_array_equal(y, label[3:])
+
+
+@pytest.mark.parametrize(("place", "outside"), [(-1.0, 1), (-0.9, 0), (2.9, 0), (3.0, 1)])
+def test_a_labelled_voxel_is_outside_where_it_touches_no_voxel_of_the_image(place, outside) -> None:
+    affine = np.eye(4)
+    affine[0, 3] = place
+    assert count_outside(np.ones((1, 1, 1), np.uint8), affine, np.eye(4), (3, 1, 1)) == outside
 
 
 def test_a_label_of_half_the_spacing_comes_onto_its_image_without_a_shift(tmp_path) -> None:
