@@ -51,17 +51,17 @@ class DecodeConfig:
 
 
 def parse_npy(data: Buffer, name: str) -> tuple[NpyHeader, int]:
-    """Read the header only.
+    """Read the header of an uncompressed `.npy`.
 
     Args:
-        data: the object's bytes, or its first part as long as that holds the whole header.
+        data: the object's bytes, or a first part of them that holds the whole header.
         name: what messages call it.
 
     Returns:
         The header and the offset of the first voxel.
 
     Raises:
-        DecodeError: not an `.npy`, or one whose header is not to be trusted.
+        DecodeError: the bytes are not an `.npy`, or its header cannot be trusted.
     """
     head = bytes(data[:12])
     if head[:6] != MAGIC:
@@ -100,14 +100,14 @@ def read_header(data: Buffer, name: str) -> tuple[NpyHeader, int]:
     """Read the header of a volume. If the volume is stored as gzip, decompress no more than the header.
 
     Args:
-        data: the object's bytes, or its first part as long as that holds the whole header.
+        data: the object's bytes, or a first part of them that holds the whole header.
         name: what messages call it.
 
     Returns:
         The header, and the offset of the first voxel in the decompressed bytes.
 
     Raises:
-        DecodeError: not an `.npy`, or one whose header is not to be trusted.
+        DecodeError: the bytes are not an `.npy`, or its header cannot be trusted.
     """
     if not gunzip.is_gzip(data):
         return parse_npy(data, name)

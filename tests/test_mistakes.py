@@ -29,7 +29,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def refusal(image: np.ndarray, label: np.ndarray, config: DecodeConfig | None = None) -> str | None:
-    """What is said of a case, None if it is good."""
+    """Return the error's message about a case, None if the case is good."""
     try:
         decode_case(npy(image), npy(label), config or DecodeConfig(), image_name="a_x.npy", label_name="a_y.npy")
     except DecodeError as error:
@@ -38,7 +38,7 @@ def refusal(image: np.ndarray, label: np.ndarray, config: DecodeConfig | None = 
 
 
 def follow(message: str, expression: str, **array: np.ndarray) -> np.ndarray:
-    """Do as the message says."""
+    """Evaluate the expression that the message advises."""
     assert f"save {expression}" in message, message
     done: np.ndarray = eval(expression, {"np": np, **array})
     return done

@@ -45,7 +45,7 @@ ROLES = (("image", "x"), ("label", "y"))
 
 
 def anatomy() -> tuple[np.ndarray, np.ndarray]:
-    """An image whose bright voxels are its label's: (12, 20, 16), alike in no direction."""
+    """An image whose bright voxels are those of its label, (12, 20, 16), without any symmetry."""
     label = np.zeros((12, 20, 16), np.uint8)
     label[2:6, 3:9, 1:6] = 1
     label[5:7, 8:12, 4:8] = 2
@@ -200,12 +200,12 @@ def test_an_affine_that_cannot_be_inverted_is_refused_by_name(tmp_path) -> None:
 SHAPE = (60, 64, 56)
 STEPS = [2 / 3, 0.8, 0.9, 1.1, 1.25, 4 / 3, 1.5, 2.0]
 PLACES = np.random.default_rng(0).uniform(0.45, 0.55, (8, 3))
-"""Where blobs lie, as shares of each axis. The middle of one voxelised blob is known to about a tenth of a voxel, since
-its surface is rounded to voxels. A shift is what is left in the mean over several."""
+"""Middles of blobs, as shares of each axis. The middle of one blob is known to a tenth of a voxel only, because its
+surface is rounded to voxels. The mean over several blobs shows a shift."""
 
 
 def blob(at: np.ndarray, axes: tuple[np.ndarray, ...]) -> np.ndarray:
-    """A smooth blob between 0 and 1, at these voxels of `SHAPE`; its label is where it is above one half."""
+    """A smooth blob between 0 and 1, at these voxels of `SHAPE`. Its label is 1 where the blob is above one half."""
     parts = zip(np.ix_(*axes), at, SHAPE, strict=True)
     distance = sum(((axis - share * n) / (0.3 * n)) ** 2 for axis, share, n in parts)
     return np.exp(-np.log(2) * distance).astype(np.float32)
