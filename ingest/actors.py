@@ -1,4 +1,4 @@
-"""What an actor of ours can know of itself."""
+"""Tells an actor about its own restarts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ray
 
 
 def started_again() -> bool:
-    """Whether this process is an actor that Ray has started again after it died; False in any other process."""
+    """Return whether this process is an actor that died and was started again by Ray."""
     if not ray.is_initialized():
         return False
     context = ray.get_runtime_context()

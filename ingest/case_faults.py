@@ -1,15 +1,12 @@
-"""Everything that is wrong with one case, where decoding it ends at the first fault."""
+"""Finds all faults of a case. Decoding alone ends at the first."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
-from . import gunzip
 from .decode import (
     IMAGE_DTYPE,
     LABEL_DTYPE,
@@ -21,17 +18,18 @@ from .decode import (
     decode_case,
     read_array,
     read_header,
+    view_any,
 )
 from .errors import DecodeError, StoreError
 
 
 class Look(NamedTuple):
-    """What looking at one case found.
+    """The faults and the arrays of one case.
 
     Attributes:
-        faults: all that is wrong with it, none for a good case.
-        image: its voxels of whatever real type and shape they are; None where they cannot be had.
-        label: (1, D, H, W) uint8, with any values; None where it is no such label.
+        faults: all faults; empty for a good case.
+        image: the image's voxels, of any real type and any shape; None if they cannot be read.
+        label: (1, D, H, W) uint8, with any values; None if the label cannot be read or is no such array.
     """
 
     faults: list[DecodeError | StoreError]
@@ -45,9 +43,9 @@ def look_at(
     """Find all faults of a case.
 
     Args:
-        image: the image's stored bytes, or why they cannot be had.
-        label: the same of the label.
-        config: what a good case looks like.
+        image: the image's stored bytes, or the error of reading them.
+        label: the label's stored bytes, or the error of reading them.
+        config: the properties of a good case.
         image_name: the image's URI, for messages.
         label_name: the label's URI, for messages.
     """
@@ -82,17 +80,8 @@ def look_at(
 
 
 def _any_array(data: bytes) -> npt.NDArray[Any] | None:
-    """An `.npy` of any real type and shape, e.g. an int16 CT scan; None for anything else."""
+    """View an `.npy` of any real type and shape; None for anything else."""
     try:
-        header, offset = read_header(data, "")
-        count = math.prod(header.shape)
-        expected_bytes = offset + count * header.dtype.itemsize
-        if header.dtype.kind not in "biuf" or not count or expected_bytes > gunzip.MOST_BYTES:
-            return None
-        body = gunzip.uncompressed(data, expected_bytes)
-    except (DecodeError, ValueError):
+        return view_any(data, *read_header(data, ""))
+    except DecodeError:
         return None
-    if len(body) != expected_bytes:
-        return None
-    flat = np.frombuffer(body, dtype=header.dtype, count=count, offset=offset)
-    return flat.reshape(header.shape, order="F" if header.fortran_order else "C")

@@ -1,4 +1,4 @@
-"""What `python -m ingest index`, `inspect`, `digest` and `serve` do."""
+"""The commands `python -m ingest index`, `inspect`, `digest` and `serve`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .index import index_cases, look_up_each
 from .intensity import PERCENTILES, Intensities
 from .listing import Listing, describe_unread, list_place
 from .manifest import Manifest, cases_of
-from .pairing import PairingConfig, describe_problems, join_by_key
+from .pairing import Pairing, PairingConfig, describe_problems, join_by_key
 from .plan import ShardConfig, plan_epochs
 from .quarantine import BadCaseConfig, entry_of, over_budget
 from .stores.base import ObjectMeta, Store, StoreConfig, open_store
@@ -63,12 +63,12 @@ class IndexConfig:
     """URI to write the manifest to, e.g. gs://bucket/train.parquet."""
 
     boxes: bool = False
-    """Whether to read every label, and keep each case's shape and foreground boxes in the manifest: so large volumes
-    are read in part from the first epoch on, and nobody searches for the foreground again."""
+    """Whether to read every label, and keep each case's shape and foreground boxes in the manifest. Runs then read
+    large volumes in part from the first epoch on, and do not search for the foreground again."""
 
     bad: Annotated[BadCaseConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BadCaseConfig)
-    """What to do with `boxes` about a case that cannot be read: save nothing, or keep it in the manifest, for runs to
-    quarantine."""
+    """Policy of `boxes` for a case that cannot be read: save no manifest, or keep the case in the manifest. Runs then
+    quarantine it."""
 
     pairing: PairingConfig = dataclasses.field(default_factory=PairingConfig)
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
@@ -88,17 +88,18 @@ def index(config: IndexConfig, console: Console) -> int:
 
 
 def _with_boxes(manifest: Manifest, store: StoreConfig, policy: BadCaseConfig | None, console: Console) -> Manifest:
-    """The manifest with shapes and boxes, where the policy takes all cases that cannot be read.
+    """Return the manifest with shapes and boxes, and print their number.
 
     Args:
         manifest: the cases.
-        store: how they are read.
-        policy: for cases that cannot be read; None takes none, and is for commands without this setting.
+        store: how to read them.
+        policy: which of the cases that cannot be read may stay in the manifest. None lets none stay; commands without
+            this setting give it.
         console: where to print the counts.
 
     Raises:
-        BadCasesError: it does not.
-        QuarantineBudgetError: they are more than may be quarantined.
+        BadCasesError: a case cannot be read, and the policy does not let it stay.
+        QuarantineBudgetError: more cases cannot be read than the policy's budget allows.
     """
     looked_up = look_up_each(manifest, store)
     bad = looked_up.bad
@@ -118,7 +119,7 @@ def _with_boxes(manifest: Manifest, store: StoreConfig, policy: BadCaseConfig | 
             entry_of(entry.error, index=entry.index, case_id=entry.case.case_id, uri=entry.uri, epoch=0)
             for entry in bad
         ]
-        raise over_budget(entries, budget)
+        raise over_budget(entries, budget, in_a_run=False)
     known = [each for each in looked_up.known if each is not None]
     boxes = sum(len(of_class) for each in known for of_class in each.boxes)
     _say(
@@ -137,7 +138,7 @@ def _with_boxes(manifest: Manifest, store: StoreConfig, policy: BadCaseConfig | 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Say what a data set holds and how it would be read; changes nothing but for one probe object on GCS."""
+    """Say what a data set holds and how it would be read. Changes no data; on GCS, one probe object is written."""
 
     images: str
     """URI of the images."""
@@ -155,8 +156,8 @@ class InspectConfig:
     """File to draw a few image and label overlays to."""
 
     boxes: str | None = None
-    """URI to write a manifest to, with every case's shape and foreground boxes: every label is read for it. None
-    writes none."""
+    """URI to write a manifest to, with every case's shape and foreground boxes; this reads every label. None writes
+    no manifest."""
 
     pairing: PairingConfig = dataclasses.field(default_factory=PairingConfig)
     decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
@@ -169,68 +170,44 @@ class InspectConfig:
 
 
 def inspect(config: InspectConfig, console: Console) -> int:
-    """Print what is there, what is wrong with a sample of cases, intensities, classes and transport.
+    """Print the objects of a data set, the faults of a sample of cases, intensities, classes and transport.
 
-    What is wrong does not end the inspection, unless no case is left or the store cannot be read.
+    A fault does not end the inspection, unless no case is left or a store cannot be read.
 
     Returns:
-        1 if anything is wrong: a place cannot be listed, objects are in no case or of an encoding that is not read,
-        a case of the sample is bad, every label is empty, or what was to be written was not. Else 0, also where there
-        are warnings.
+        1 if there is a fault: a place cannot be listed, objects are in no case or have an encoding that is not read,
+        a case of the sample is bad, every label is empty, or the picture or the manifest was not written. Else 0;
+        warnings do not count.
     """
-    wrong: list[str] = []
     images, labels = open_store(config.images, config.store), open_store(config.labels, config.store)
-    found = {role: _listed(store) for role, store in (("images", images), ("labels", labels))}
-    listed = {role: listing for role, listing in found.items() if isinstance(listing, Listing)}
-    for role, error in found.items():
-        if isinstance(error, StoreError):
-            _say(console, f"wrong: {role}: {error}")
-    if len(listed) < len(found):
+    listed = _list_both(images, labels, console)
+    if listed is None:
         return 1
-    _print_places(listed, console)
-    for role, listing in listed.items():
-        unread = describe_unread(listing.objects)
-        if unread:
-            _say(console, f"{role}: {unread}")
-            wrong.append(f"{role} of an encoding that is not read")
-    pairing = join_by_key(
-        listed["images"].objects, listed["labels"].objects, config.pairing, same_place=images.uri == labels.uri
-    )
-    _say(
-        console,
-        f"{len(pairing.cases):,} cases, {len(pairing.problems):,} objects in none, {pairing.ignored:,} not .npy",
-    )
-    if pairing.problems:
-        counts = {f"{role}s": len(listed[f"{role}s"].objects) for role in ("image", "label")}
-        _say(console, describe_problems(pairing.problems, **counts))
-        wrong.append(f"{len(pairing.problems):,} objects in no case")
+    pairing, wrong = _pair(listed, config.pairing, console, same_place=images.uri == labels.uri)
     if not pairing.cases:
         _say(console, "no image and label share a key: nothing can be trained on")
         return 1
     manifest = Manifest.from_cases(pairing.cases, images_uri=images.uri, labels_uri=labels.uri)
     wrong += _inspect_sample(manifest, config, console)
     if config.boxes:
-        try:
-            _with_boxes(manifest, config.store, None, console).save(config.boxes, config.store)
-            _say(console, f"manifest: {config.boxes}")
-        except BadCasesError as error:
-            _say(console, f"wrong: {error}")
-            wrong.append("cases that cannot be read, so that no manifest was saved")
-    sizes_bytes = manifest.case_bytes()
-    plan = plan_epochs(case_bytes=sizes_bytes, seed=config.seed, epochs=(0,), shards=config.shards)
-    _say(
-        console,
-        f"an epoch reads {len(manifest):,} cases, {int(sizes_bytes.sum()) / MIB:,.1f} MiB, "
-        f"in about {plan.num_shards:,} shards where volumes are read whole",
-    )
-    for role, uri in (("images", images.uri), ("labels", labels.uri)):
-        for fact in place_facts(uri, config.store):
-            _say(console, f"{role}: {fact}")
-    choice = choose_transport(manifest, config.store)
-    _say(console, f"transport: {choice.transport}: {choice.reason}")
+        wrong += _save_boxes(manifest, config.boxes, config.store, console)
+    _print_reading(manifest, config, console)
     if wrong:
         _say(console, f"wrong: {'; '.join(wrong)}")
     return 1 if wrong else 0
+
+
+def _list_both(images: Store, labels: Store, console: Console) -> dict[str, Listing] | None:
+    """List both places and print what they hold; None, after printing why, if one of them cannot be listed."""
+    found = {role: _listed(store) for role, store in (("images", images), ("labels", labels))}
+    listed = {role: listing for role, listing in found.items() if isinstance(listing, Listing)}
+    for role, error in found.items():
+        if isinstance(error, StoreError):
+            _say(console, f"wrong: {role}: {error}")
+    if len(listed) < len(found):
+        return None
+    _print_places(listed, console)
+    return listed
 
 
 def _listed(store: Store) -> Listing | StoreError:
@@ -240,10 +217,68 @@ def _listed(store: Store) -> Listing | StoreError:
         return error
 
 
-def _say(console: Console, text: str) -> None:
-    """Print a line as it is: names of objects may have brackets, which are markup to rich.
+def _pair(
+    listed: Mapping[str, Listing], config: PairingConfig, console: Console, *, same_place: bool
+) -> tuple[Pairing, list[str]]:
+    """Pair images and labels, and print the objects that are not read or in no case.
 
-    Errors name settings of a data set as training has them, under `data`; here they stand at the top.
+    Returns:
+        The pairing, and the faults, in a few words each.
+    """
+    wrong = []
+    for role, listing in listed.items():
+        unread = describe_unread(listing.objects)
+        if unread:
+            _say(console, f"{role}: {unread}")
+            wrong.append(f"{role} of an encoding that is not read")
+    images, labels = listed["images"].objects, listed["labels"].objects
+    pairing = join_by_key(images, labels, config, same_place=same_place)
+    _say(
+        console,
+        f"{len(pairing.cases):,} cases, {len(pairing.problems):,} objects in none, {pairing.ignored:,} not .npy",
+    )
+    if pairing.problems:
+        _say(console, describe_problems(pairing.problems, images=len(images), labels=len(labels)))
+        wrong.append(f"{len(pairing.problems):,} objects in no case")
+    return pairing, wrong
+
+
+def _save_boxes(manifest: Manifest, output: str, store: StoreConfig, console: Console) -> list[str]:
+    """Save the manifest with shapes and boxes; return the fault, in a few words, if it cannot be saved."""
+    try:
+        with_boxes = _with_boxes(manifest, store, None, console)
+    except BadCasesError as error:
+        _say(console, f"wrong: {error}")
+        return ["cases that cannot be read, so that no manifest was saved"]
+    try:
+        with_boxes.save(output, store)
+    except StoreError as error:
+        _say(console, f"wrong: {error}")
+        return ["no manifest was saved"]
+    _say(console, f"manifest: {output}")
+    return []
+
+
+def _print_reading(manifest: Manifest, config: InspectConfig, console: Console) -> None:
+    """Print how much an epoch reads, in how many shards, and by which transport."""
+    sizes_bytes = manifest.case_bytes()
+    plan = plan_epochs(case_bytes=sizes_bytes, seed=config.seed, epochs=(0,), shards=config.shards)
+    _say(
+        console,
+        f"an epoch reads {len(manifest):,} cases, {int(sizes_bytes.sum()) / MIB:,.1f} MiB, "
+        f"in about {plan.num_shards:,} shards where volumes are read whole",
+    )
+    for role, uri in (("images", manifest.images_uri), ("labels", manifest.labels_uri)):
+        for fact in place_facts(uri, config.store):
+            _say(console, f"{role}: {fact}")
+    choice = choose_transport(manifest, config.store)
+    _say(console, f"transport: {choice.transport}: {choice.reason}")
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a line without markup, because names of objects may have brackets.
+
+    Errors name a data set's settings as training does, under `data`. These commands have them at the top.
     """
     console.print(text.replace("--data.", "--"), markup=False)
 
@@ -267,10 +302,10 @@ def _print_places(listed: Mapping[str, Listing], console: Console) -> None:
 
 
 def _inspect_sample(manifest: Manifest, config: InspectConfig, console: Console) -> list[str]:
-    """Read and decode some cases, print what they are and what is wrong with them, draw a few.
+    """Read and decode some cases, print their shapes, values and faults, and draw a few.
 
     Returns:
-        What is wrong, in a few words each.
+        The faults, in a few words each.
     """
     sizes_bytes = manifest.case_bytes()
     plan = plan_epochs(case_bytes=sizes_bytes, seed=config.seed, epochs=(0,), shards=ShardConfig())
@@ -294,7 +329,7 @@ def _inspect_sample(manifest: Manifest, config: InspectConfig, console: Console)
             if look.image.ndim == 4 and len(look.image) == config.decode.channels:
                 intensities.add(look.image)
             elif config.decode.channels == 1:
-                intensities.add(look.image[np.newaxis])  # whatever its axes are, its voxels are of one kind
+                intensities.add(look.image[np.newaxis])  # of one channel, whatever its axes are
         if look.label is not None:
             classes.add(look.label)
         if look.faults:
@@ -320,10 +355,10 @@ def _inspect_sample(manifest: Manifest, config: InspectConfig, console: Console)
 
 
 def _body_of(store: Store, meta: ObjectMeta) -> bytes | StoreError:
-    """The object's bytes, or why it alone cannot be read.
+    """Return the object's bytes, or the error if only this object cannot be read.
 
     Raises:
-        StoreError: no object of the place can be read.
+        StoreError: the place as a whole cannot be read.
     """
     try:
         return store.fetch([meta])[0]
@@ -350,11 +385,14 @@ class _Classes:
         self._empty += int(counts[0] == label_1DHW.size)
 
     def report(self, console: Console, *, whole: bool) -> list[str]:
-        """Print the classes, and say what is wrong with them.
+        """Print the share of each class, and the number of empty labels.
 
         Args:
-            console: where.
-            whole: whether these are all labels of the data set.
+            console: where to print.
+            whole: whether all labels of the data set were added, and not only those of a sample.
+
+        Returns:
+            The faults, in a few words each.
         """
         if not self._labels:
             return []

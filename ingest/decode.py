@@ -1,9 +1,8 @@
-"""From the bytes of an `.npy` object to a checked array, without a copy and never by unpickling."""
+"""Decodes the bytes of an `.npy` object to a checked array, without a copy and never by unpickling."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import functools
 import math
@@ -21,13 +20,13 @@ LONGEST_HEADER_BYTES = 65_536
 IMAGE_DTYPE = np.dtype(np.float32)
 LABEL_DTYPE = np.dtype(np.uint8)
 
-Buffer: TypeAlias = bytes | bytearray | memoryview
+Buffer: TypeAlias = gunzip.Buffer
 Volume = npt.NDArray[np.float32]
 LabelMap = npt.NDArray[np.uint8]
 
 
 class NpyHeader(NamedTuple):
-    """What an `.npy` header says."""
+    """The fields of an `.npy` header."""
 
     dtype: np.dtype[Any]
     fortran_order: bool
@@ -36,7 +35,7 @@ class NpyHeader(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeConfig:
-    """What a good case looks like."""
+    """The properties of a good case."""
 
     num_classes: int = 3
     """Label values run from 0 to num_classes - 1; any other makes the case a bad one."""
@@ -52,17 +51,17 @@ class DecodeConfig:
 
 
 def parse_npy(data: Buffer, name: str) -> tuple[NpyHeader, int]:
-    """Read the header only.
+    """Read the header of an uncompressed `.npy`.
 
     Args:
-        data: the object's bytes, or its first part as long as that holds the whole header.
+        data: the object's bytes, or a first part of them that holds the whole header.
         name: what messages call it.
 
     Returns:
         The header and the offset of the first voxel.
 
     Raises:
-        DecodeError: not an `.npy`, or one whose header is not to be trusted.
+        DecodeError: the bytes are not an `.npy`, or its header cannot be trusted.
     """
     head = bytes(data[:12])
     if head[:6] != MAGIC:
@@ -98,17 +97,17 @@ def parse_npy(data: Buffer, name: str) -> tuple[NpyHeader, int]:
 
 
 def read_header(data: Buffer, name: str) -> tuple[NpyHeader, int]:
-    """Read the header of a volume that may be stored as gzip, of which no more than the header is decompressed.
+    """Read the header of a volume. If the volume is stored as gzip, decompress no more than the header.
 
     Args:
-        data: the object's bytes, or its first part as long as that holds the whole header.
+        data: the object's bytes, or a first part of them that holds the whole header.
         name: what messages call it.
 
     Returns:
         The header, and the offset of the first voxel in the decompressed bytes.
 
     Raises:
-        DecodeError: not an `.npy`, or one whose header is not to be trusted.
+        DecodeError: the bytes are not an `.npy`, or its header cannot be trusted.
     """
     if not gunzip.is_gzip(data):
         return parse_npy(data, name)
@@ -120,7 +119,17 @@ def read_header(data: Buffer, name: str) -> tuple[NpyHeader, int]:
 
 
 def _decompressed(data: Buffer, name: str, expected_bytes: int, shape: tuple[int, ...]) -> Buffer:
-    """The bytes of a volume that may be stored as gzip, whose header calls for so many."""
+    """Return the bytes of a volume, decompressed if it is stored as gzip.
+
+    Args:
+        data: the object's bytes.
+        name: what messages call it.
+        expected_bytes: length of the decompressed bytes, by the header.
+        shape: by the header, for messages.
+
+    Raises:
+        DecodeError: damaged gzip, or gzip of more bytes than the header calls for or than are ever decompressed.
+    """
     if not gunzip.is_gzip(data):
         return data
     if expected_bytes > gunzip.MOST_BYTES:
@@ -141,7 +150,7 @@ def _bad_gzip(name: str, found: str) -> DecodeError:
 
 @functools.lru_cache(maxsize=1024)
 def _parse_header_text(text: bytes) -> NpyHeader:
-    """A header is a Python literal; a data set has few different ones, so each is parsed once a process."""
+    """Parse a header, which is a Python literal. Cached, because a data set has few different headers."""
     fields = ast.literal_eval(text.decode("latin1").strip())
     if not isinstance(fields, dict) or fields.keys() != {"descr", "fortran_order", "shape"}:
         raise ValueError("not a dictionary of these three")
@@ -154,13 +163,13 @@ def _parse_header_text(text: bytes) -> NpyHeader:
 
 
 def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """View the bytes as a 4-D array of `dtype`; nothing is allocated, so a lying header costs nothing.
+    """View the bytes as a 4-D array of `dtype`. A view allocates nothing, so a false header costs no memory.
 
-    Bytes that are gzip are decompressed, and no further than the length that the `.npy` header calls for: stores
-    return the stored bytes, which size and checksum are of.
+    Gzip is decompressed here, because stores return objects as they are stored. Decompression stops at the length that
+    the `.npy` header calls for.
 
     Returns:
-        A read-only (C, D, H, W) view of `data`, C- or Fortran-ordered as the header says.
+        A read-only (C, D, H, W) view of the bytes, C- or Fortran-ordered as the header says.
 
     Raises:
         DecodeError: damaged gzip, pickled objects, another dtype, not 4-D, an empty axis, or a length that is not
@@ -184,8 +193,7 @@ def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any
             f"{mistakes.rank_advice(header.shape, 'label' if dtype == LABEL_DTYPE else 'image')}",
             "rank",
         )
-    voxels = math.prod(header.shape)
-    expected_bytes = offset + voxels * dtype.itemsize
+    expected_bytes = offset + math.prod(header.shape) * dtype.itemsize
     data = _decompressed(data, name, expected_bytes, header.shape)
     if len(data) != expected_bytes:
         raise DecodeError(
@@ -193,21 +201,41 @@ def read_array(data: Buffer, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any
             "the file is truncated or damaged: upload it anew",
             "truncated",
         )
-    flat = np.frombuffer(data, dtype=dtype, count=voxels, offset=offset)
+    return _view(data, header, offset)
+
+
+def _view(data: Buffer, header: NpyHeader, offset: int) -> npt.NDArray[Any]:
+    flat = np.frombuffer(data, dtype=header.dtype, count=math.prod(header.shape), offset=offset)
     return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
 
 
+def view_any(data: Buffer, header: NpyHeader, offset: int) -> npt.NDArray[Any] | None:
+    """View the voxels of an `.npy` of any real type and any shape, e.g. of an int16 CT scan.
+
+    Args:
+        data: the object's bytes, which may be gzip.
+        header: its header.
+        offset: of the first voxel in the decompressed bytes.
+
+    Returns:
+        A read-only view in the header's shape; None if the voxels are not real numbers, or if the file is empty,
+        truncated, damaged or too large to be decompressed.
+    """
+    count = math.prod(header.shape)
+    if header.dtype.kind not in "biuf" or not count:
+        return None
+    expected_bytes = offset + count * header.dtype.itemsize
+    try:
+        data = _decompressed(data, "", expected_bytes, header.shape)
+    except DecodeError:
+        return None
+    return _view(data, header, offset) if len(data) == expected_bytes else None
+
+
 def _dtype_found(data: Buffer, header: NpyHeader, offset: int, dtype: np.dtype[Any]) -> str:
-    """What there is of another dtype, and what to check and do about it, for a message."""
-    found, count = header.dtype, math.prod(header.shape)
-    expected_bytes = offset + count * found.itemsize
-    if gunzip.is_gzip(data) and expected_bytes <= gunzip.MOST_BYTES:
-        with contextlib.suppress(ValueError):  # damaged: then the message tells the type alone
-            data = gunzip.gunzip(data, expected_bytes)
-    whole = count > 0 and len(data) == expected_bytes
-    seen = None
-    if found.kind in "biuf" and whole:
-        seen = mistakes.look_at(np.frombuffer(data, dtype=found, count=count, offset=offset))
+    """Name the dtype and values of an array whose dtype is not `dtype`, and the advice for them, for a message."""
+    found, voxels = header.dtype, view_any(data, header, offset)
+    seen = None if voxels is None else mistakes.look_at(voxels)
     if dtype == IMAGE_DTYPE:
         return f"{found}; {mistakes.image_dtype_advice(seen, found)}"
     if seen is None:

@@ -11,7 +11,7 @@ from .errors import DiskFullError, IngestError
 from .unwrap import wrapped
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-# Of errors that crossed processes as text: the C library's words, then those of Ray's OutOfDiskError.
+# For errors that crossed processes as text: the words of the C library, and those of Ray's OutOfDiskError.
 WORDS = (
     os.strerror(errno.ENOSPC),
     os.strerror(errno.EDQUOT),
@@ -21,16 +21,16 @@ WORDS = (
 
 
 def full_disk(error: BaseException) -> BaseException | None:
-    """The error that says that a disk or a quota is full, among this one and those that led to it.
+    """Return the error of a full disk or quota among an error and its causes; None if there is none.
 
-    One that names the path comes before one that does not. The text of an error counts only where none of ours is
-    among them: ours may quote a server, whose disk is not one of this machine.
+    An error that names the path is preferred to one that does not. The text of an error counts only if no IngestError
+    is among the errors, because an IngestError may quote a server, and the server's disk is not one of this machine.
     """
     found: list[tuple[int, BaseException]] = []
     by_text: BaseException | None = None
     ours = False
     for each in wrapped(error):
-        if isinstance(getattr(each, "cause", None), BaseException):  # Ray's, around one that comes by itself
+        if isinstance(getattr(each, "cause", None), BaseException):  # Ray's wrapper: its cause comes by itself
             continue
         ours = ours or isinstance(each, IngestError)
         if isinstance(each, DiskFullError):
@@ -45,7 +45,7 @@ def full_disk(error: BaseException) -> BaseException | None:
 
 
 def free_bytes(place: str) -> int:
-    """Bytes free on the disk of a path, which need not exist yet."""
+    """Return the free bytes on the disk of a path. The path need not exist yet."""
     path = Path(place)
     while not path.exists():
         path = path.parent
@@ -53,7 +53,7 @@ def free_bytes(place: str) -> int:
 
 
 def no_room_for(path: str, error: OSError) -> DiskFullError:
-    """What to raise where a file could not be written because the disk is full."""
+    """Return the error of a file that was not written because the disk is full."""
     return DiskFullError(
         f"expected room to write {path}, found {error.strerror} with {free_bytes(path) / 2**20:.0f} MiB free on its "
         "disk; free some space there, or choose a place on another disk",

@@ -39,11 +39,11 @@ class UnreachableError(StoreError):
 
 
 class DiskFullError(StoreError):
-    """A disk, or a quota on one, has no room left: trying again does not help.
+    """A disk or a quota is full. Trying again does not help.
 
     Attributes:
-        place: the path that could not be written; None where it is not known.
-        needed_bytes: room that is needed there; None where it is not known.
+        place: the path that could not be written; None if it is not known.
+        needed_bytes: room that is needed there; None if it is not known.
     """
 
     def __init__(self, message: str, place: str | None = None, needed_bytes: int | None = None) -> None:
@@ -111,7 +111,7 @@ class DecodeError(IngestError):
 
 
 class BadCasesError(IngestError):
-    """Cases cannot be read, and none may be left out."""
+    """Some cases cannot be read, and the policy lets none of them be left out."""
 
 
 class QuarantineBudgetError(IngestError):

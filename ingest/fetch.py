@@ -262,7 +262,7 @@ def _table(spec: ShardSpec, cases: Sequence[Case], chunk: slice, fetched: Sequen
     ]
     bad = [entry for entry in settled if isinstance(entry, QuarantineEntry)]
     if spec.quarantine is not None and bad:
-        spec.quarantine.report(*bad)  # at once: the book writes about once a second
+        spec.quarantine.report(*bad)  # in one call, because the book writes about once a second
     good = [row if isinstance(row, _Row) else None for row in settled]
     rows = [_blank(spec, case) if row is None else row for case, row in zip(cases, good, strict=True)]
     boxes = pa.nulls(len(cases), pa.list_(pa.int32()))
@@ -306,7 +306,7 @@ def _uncopied(bodies: Sequence[Buffer]) -> pa.ChunkedArray:
 def _settled(
     spec: ShardSpec, case: Case, epoch: int, index: int, fetched: Bodies | Patch | BadCase
 ) -> _Row | QuarantineEntry:
-    """The row of a case, or the entry of one that is left out.
+    """Return the row of a case, or its quarantine entry if the case is left out.
 
     Raises:
         ObjectError, DecodeError: an object is bad, and the policy is not to leave its case out.
@@ -329,14 +329,14 @@ def _settled(
 
 
 def _with_advice(error: IngestError) -> IngestError:
-    """The error that ends a run whose policy takes no bad case, with the settings that would let it go on."""
+    """Return the error of a bad case that ends the run, with the settings that would let the run go on."""
     if isinstance(error, StaleManifestError):
         return StaleManifestError(
             f"{error}; put the listed bytes back, or go on with --data.on-stale refresh, which reads it as it is now, "
             "or with --data.on-stale quarantine, which leaves its case out"
         )
-    if isinstance(error, ObjectNotFoundError):
-        return ObjectNotFoundError(f"{error}, or go on with --data.on-bad quarantine, which leaves its case out")
+    if isinstance(error, ObjectError):
+        return type(error)(f"{error}, or go on with --data.on-bad quarantine, which leaves its case out")
     return error
 
 

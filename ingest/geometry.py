@@ -35,10 +35,10 @@ def resampled_affine(
     padded_DHW: Sequence[int],
     step_DHW: Sequence[float] | None = None,
 ) -> Affine:
-    """The affine of a grid that was resampled, and padded by half on each side.
+    """Return the affine of a grid that was resampled, and padded by half on each side.
 
-    Voxel i of the padded grid is voxel i - p of the resampled one; p is half of what was padded, rounded down. Of the
-    first grid it is voxel ``start + (i - p) * step``: see `prepare.resample` for the two kinds of grid.
+    Voxel i of the padded grid is voxel i - p of the resampled grid; p is half of the padding, rounded down. In the
+    first grid it lies at ``start + (i - p) * step``. For the two kinds of grid see `prepare.resample`.
 
     Args:
         affine: of the grid before.
@@ -63,7 +63,7 @@ def resampled_affine(
 
 
 def to_json(affine: Affine) -> bytes:
-    """The sidecar's bytes.
+    """Return the sidecar's bytes.
 
     Raises:
         ValueError: the affine has numbers that are not finite, which JSON cannot hold.

@@ -1,8 +1,8 @@
-"""Decompression of objects that are stored as gzip.
+"""Decompresses objects that are stored as gzip.
 
-Such an object is called `.npy.gz`, or has the Content-Encoding gzip. Stores return its stored bytes, since the listed
-size and checksum are of those. Gzip is recognised by its first two bytes, so that it does not matter which of the two
-an object has, or whether the listing told it.
+Such an object is named `.npy.gz`, or has the Content-Encoding gzip. Stores return its stored bytes, because the listed
+size and checksum are those of the stored bytes. Gzip is recognised by its first two bytes, so neither the name nor the
+listing needs to tell it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MAGIC = b"\x1f\x8b"
 """The first two bytes of every gzip file."""
 
 MOST_BYTES = 2**32
-"""Decompressed bytes of one object at most. A few MB of gzip can hold terabytes."""
+"""Largest decompressed size of one object, in bytes. A few MB of gzip can hold terabytes."""
 
 _WBITS = 31  # of zlib: gzip with its header and checksum, and the largest window
 _STEP_BYTES = 2**16
@@ -57,9 +57,7 @@ def gunzip(data: Buffer, most_bytes: int = MOST_BYTES) -> bytes:
 
 
 def gunzip_head(data: Buffer, most_bytes: int) -> bytes:
-    """Decompress the first `most_bytes` bytes of a gzip file, or all where there are fewer.
-
-    Only as much is decompressed as is returned.
+    """Decompress the first `most_bytes` bytes of a gzip file, or all if there are fewer, and no byte more.
 
     Args:
         data: the file, or its first part.
@@ -87,9 +85,9 @@ def gunzip_head(data: Buffer, most_bytes: int) -> bytes:
 
 
 def uncompressed(data: bytes, most_bytes: int = MOST_BYTES) -> bytes:
-    """Return what an object holds: decompressed where it is gzip, else unchanged.
+    """Return the content of an object: decompressed if the object is gzip, else unchanged.
 
     Raises:
-        ValueError: it is gzip that is damaged or cut, or holds more than `most_bytes`.
+        ValueError: the object is gzip and damaged or cut, or holds more than `most_bytes`.
     """
     return gunzip(data, most_bytes) if is_gzip(data) else data

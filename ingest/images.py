@@ -1,4 +1,4 @@
-"""Images without labels: what a place holds of them, and reading some of them whole."""
+"""Lists images without labels, and reads some of them whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 from .errors import ConfigError, PairingError
 from .listing import list_objects
 from .names import same_form, visible
-from .pairing import EQUAL_NAMES, SUFFIXED_IMAGE, SUFFIXED_LABEL, VOLUME_LIKE, patterns_for
+from .pairing import CONVERT, EQUAL_NAMES, SUFFIXED_IMAGE, SUFFIXED_LABEL, VOLUME_LIKE, patterns_for
 from .stores.base import ObjectMeta, StoreConfig, open_store
 
 logger = logging.getLogger(__name__)
@@ -84,14 +84,13 @@ def list_images(uri: str, store: StoreConfig | None = None, pattern: str | None 
     if not found:
         raise PairingError(
             f"expected images in {uri}, found none among {len(objects)} objects (first: {visible(objects[0].name)}); "
-            f"check the URI, or give --pattern, e.g. {_pattern_for(objects)}; volumes are read as .npy or .npy.gz, so "
-            "convert those of other formats"
+            f"check the URI, or give --pattern, e.g. {_pattern_for(objects)}; {CONVERT}"
         )
     return [found[key] for key in sorted(found, key=lambda key: key.encode())]
 
 
 def _warn_of_unmatched(uri: str, objects: list[ObjectMeta], pattern: str) -> None:
-    """Tell of volumes by their name that the pattern, which nobody gave, leaves out; labels are left out by right."""
+    """Warn of objects with names of volumes that the default pattern leaves out. Labels are left out on purpose."""
     left_out = [
         entry.name
         for entry in objects
@@ -101,8 +100,8 @@ def _warn_of_unmatched(uri: str, objects: list[ObjectMeta], pattern: str) -> Non
     ]
     if left_out and len(left_out) < len(objects):
         logger.warning(
-            "%s: %s of %s objects are .npy by their name and are left out, since they do not match %s (first: %s); to "
-            "take them, give --pattern, e.g. %s",
+            "%s: %s of %s objects are .npy by their name and are left out, because they do not match %s (first: %s); "
+            "to take them, give --pattern, e.g. %s",
             uri,
             f"{len(left_out):,}",
             f"{len(objects):,}",
@@ -113,7 +112,7 @@ def _warn_of_unmatched(uri: str, objects: list[ObjectMeta], pattern: str) -> Non
 
 
 def _pattern_for(objects: list[ObjectMeta]) -> str:
-    """A pattern for these names, quoted for a shell."""
+    """Return a pattern that matches these names, quoted for a shell."""
     names = [same_form(entry.name) for entry in objects]
     suffixed, _ = patterns_for(names, [], same_place=True)
     if any(re.fullmatch(suffixed, name) for name in names):

@@ -1,4 +1,4 @@
-"""From two URIs to a manifest: list both places, join by key, and look at the cases where that is asked."""
+"""Makes a manifest of two URIs: lists both places, pairs by key and, on request, reads every case."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOOKED_UP_AT_ONCE = 8  # cases, each with its whole label in memory
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What indexing found.
+    """The result of indexing.
 
     Attributes:
         manifest: the cases.
-        problems: objects that are in no case, where the policy lets the run go on.
+        problems: objects that are in no case, if the policy lets the run go on.
     """
 
     manifest: Manifest
@@ -67,11 +67,11 @@ class BadEntry:
 
 @dataclasses.dataclass(frozen=True)
 class LookedUp:
-    """What looking at every case found.
+    """The result of reading every case of a manifest.
 
     Attributes:
-        manifest: with the shapes and foreground boxes of the cases where they are known.
-        known: these, by index; None for a case that is always read whole, and for a bad one.
+        manifest: the manifest, with shapes and foreground boxes where they are known.
+        known: shapes and boxes of each case; None for a case that is always read whole, and for a bad case.
         bad: the cases that cannot be read.
     """
 
@@ -81,7 +81,7 @@ class LookedUp:
 
 
 def look_up_cases(manifest: Manifest, store: StoreConfig | None = None) -> tuple[Manifest, list[Known | None]]:
-    """Look at every case as `look_up_each` does, but raise the first error of an object that cannot be had.
+    """Read every case as `look_up_each` does, but raise the first error of an object that cannot be read.
 
     Raises:
         ObjectError: an object is missing, changed or damaged.
@@ -95,17 +95,18 @@ def look_up_cases(manifest: Manifest, store: StoreConfig | None = None) -> tuple
 
 
 def look_up_each(manifest: Manifest, store: StoreConfig | None = None) -> LookedUp:
-    """Read every label whole and every image's header; a case that cannot be read does not keep others from it.
+    """Read every label whole, and the header of every image. A case that cannot be read does not end the reading.
 
     Raises:
         StoreError: a place cannot be read.
     """
     images, labels = open_store(manifest.images_uri, store), open_store(manifest.labels_uri, store)
     with concurrent.futures.ThreadPoolExecutor(LOOKED_UP_AT_ONCE, thread_name_prefix="look-up") as pool:
-        found = list(pool.map(functools.partial(look_up, images, labels), cases_of(manifest.table)))
+        cases = cases_of(manifest.table)
+        found = list(pool.map(functools.partial(look_up, images, labels), cases))
     known = [None if isinstance(each, BadCase) else each for each in found]
     bad: list[BadEntry] = []
-    for index, (case, each) in enumerate(zip(cases_of(manifest.table), found, strict=True)):
+    for index, (case, each) in enumerate(zip(cases, found, strict=True)):
         if isinstance(each, BadCase):
             uri = images.uri_of(case.image.name) if each.role == "image" else labels.uri_of(case.label.name)
             bad.append(BadEntry(index, case, uri, each.error))

@@ -1,9 +1,10 @@
-"""Intensities of images by channel, and whether they look normalised.
+"""Measures intensities by channel, and recognises channels that do not look normalised.
 
-The rule: a channel looks unnormalised if more than 1 % of its voxels lie beyond ±15, or if its standard deviation is
-below 0.01. By Cantelli's inequality at most 0.5 % of the voxels on either side lie beyond ±14.2 in any image of mean 0
-and standard deviation 1, however skewed. So a z-scored image is never taken for a raw one, nor is one that is scaled to
-0 to 1. Raw CT (Hounsfield units from -1,000) and raw MR (hundreds to thousands) are far beyond.
+The rule: a channel looks unnormalised if more than 0.5 % of its voxels lie above 15 or more than 0.5 % below -15, or if
+its standard deviation is below 0.01. By Cantelli's inequality, in any image of mean 0 and standard deviation 1 at most
+0.5 % of the voxels lie above 14.2, and at most 0.5 % below -14.2. So a z-scored image is never taken for a raw one. An
+image that is scaled to 0 to 1 is not, either. Raw CT (Hounsfield units from -1,000) and raw MR (hundreds to thousands)
+are far beyond.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import numpy.typing as npt
 
 PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
 FARTHEST = 15.0
-"""Magnitude that 99 % of a normalised channel's voxels do not exceed."""
+"""Largest magnitude among 99 % of a normalised channel's voxels."""
 LEAST_STD = 0.01
-"""Standard deviation of a normalised channel at least."""
+"""Smallest standard deviation of a normalised channel."""
 
 VOXELS_AN_IMAGE = 65_536
 """Voxels of one channel of one image that go into the sample for percentiles."""
@@ -30,9 +31,9 @@ class ChannelStats:
     """One channel of all images that were added.
 
     Attributes:
-        images: how many.
-        voxels: finite ones.
-        not_finite: voxels that are NaN or infinite; they are in no other figure.
+        images: number of images.
+        voxels: number of finite voxels.
+        not_finite: number of voxels that are NaN or infinite. The other figures leave them out.
         low: the smallest value.
         high: the largest value.
         mean: over all finite voxels.
@@ -50,7 +51,7 @@ class ChannelStats:
     percentiles: tuple[float, ...]
 
     def complaint(self) -> str | None:
-        """Say why the channel looks unnormalised, and what it looks like; None where it looks normalised."""
+        """Return why the channel looks unnormalised, and like which kind of image; None if it looks normalised."""
         first, last = self.percentiles[0], self.percentiles[-1]
         if max(-first, last) > FARTHEST:
             if first <= -500:
@@ -81,30 +82,30 @@ class _Channel:
         self.sample: list[npt.NDArray[np.float64]] = []
 
     def add(self, voxels: npt.NDArray[Any], rng: np.random.Generator) -> None:
-        """Add one image's voxels, (n,) numbers; an image without any counts for nothing."""
+        """Add one image's voxels, (n,) numbers. An image without voxels is not counted."""
         if not len(voxels):
             return
         self.images += 1
-        for start in range(0, len(voxels), 2**20):  # a volume as float64 would take twice its bytes again
+        for start in range(0, len(voxels), 2**20):  # a whole volume in float64 would need twice the memory of float32
             part = voxels[start : start + 2**20].astype(np.float64)
             finite = part[np.isfinite(part)]
             self.not_finite += len(part) - len(finite)
             if not len(finite):
                 continue
-            # The sums of two parts as one: https://en.wikipedia.org/wiki/Algorithms_for_calculating_variance
+            # Variance of two parts from the variance of each: https://en.wikipedia.org/wiki/Algorithms_for_calculating_variance
             mean, count = float(finite.mean()), self.voxels + len(finite)
             apart = mean - self.mean
-            with np.errstate(over="ignore"):  # of float64 voxels: the deviation is then infinite, and shown so
+            with np.errstate(over="ignore"):  # float64 voxels may overflow: the deviation is then infinite
                 self.deviations += float(np.square(finite - mean).sum()) + apart**2 * self.voxels * len(finite) / count
             self.mean += apart * len(finite) / count
             self.voxels = count
             self.low, self.high = min(self.low, float(finite.min())), max(self.high, float(finite.max()))
-        # Drawn, since every n-th voxel could be of one column.
+        # Drawn at random, because every n-th voxel could lie in one column of the image.
         chosen = voxels[rng.integers(0, len(voxels), min(len(voxels), VOXELS_AN_IMAGE))].astype(np.float64)
         self.sample.append(chosen[np.isfinite(chosen)])
 
     def stats(self) -> ChannelStats | None:
-        """None where no voxel was finite."""
+        """Return the figures; None if no voxel was finite."""
         sample = np.concatenate(self.sample or [np.zeros(0)])
         if not len(sample):
             return None
@@ -121,13 +122,13 @@ class _Channel:
 
 
 class Intensities:
-    """Adds up images one at a time; holds a sample of their voxels only."""
+    """Collects the intensities of images, one image at a time. Keeps only a sample of their voxels."""
 
     def __init__(self, seed: int = 0) -> None:
-        """Begin with no image.
+        """Start without images.
 
         Args:
-            seed: of the sample of voxels.
+            seed: of the random draw of the sample.
         """
         self._rng = np.random.default_rng(seed)
         self._channels: dict[int, _Channel] = {}
@@ -142,6 +143,6 @@ class Intensities:
             self._channels.setdefault(number, _Channel()).add(channel.ravel(order="K"), self._rng)
 
     def channels(self) -> dict[int, ChannelStats]:
-        """What was added, by the number of the channel; a channel without a finite voxel is left out."""
+        """Return the figures of each channel, by channel number. A channel without a finite voxel is left out."""
         stats = {number: channel.stats() for number, channel in sorted(self._channels.items())}
         return {number: each for number, each in stats.items() if each is not None}

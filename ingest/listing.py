@@ -34,11 +34,11 @@ class ListsFast(Protocol):
 
 
 class Listing(NamedTuple):
-    """What a place holds.
+    """The objects of a place.
 
     Attributes:
-        objects: those that may be data, in byte order of names.
-        skipped: hidden files and folders and the litter of macOS and Windows, by kind; see `names.litter_kind`.
+        objects: objects that may be data, in byte order of names.
+        skipped: hidden files and folders, and the litter of macOS and Windows, by kind; see `names.litter_kind`.
     """
 
     objects: list[ObjectMeta]
@@ -51,7 +51,7 @@ def list_objects(store: Lists, *, progress: bool = True) -> list[ObjectMeta]:
 
 
 def list_place(store: Lists, *, progress: bool = True) -> Listing:
-    """List every object of a place that may be data, and the litter that it holds beside them.
+    """List all objects of a place: those that may be data, and the litter among them.
 
     Hidden files and folders below the URI, and the litter of macOS and Windows, are skipped; a warning counts them.
 
@@ -82,7 +82,7 @@ def list_place(store: Lists, *, progress: bool = True) -> Listing:
 
 
 def without_litter(objects: list[ObjectMeta]) -> tuple[list[ObjectMeta], dict[str, list[ObjectMeta]]]:
-    """Split a listing into what may be data, and the litter by its kind; see `litter_kind`."""
+    """Split a listing into the objects that may be data, and the litter by kind; see `litter_kind`."""
     kept: list[ObjectMeta] = []
     skipped: dict[str, list[ObjectMeta]] = {}
     for meta in objects:
@@ -95,7 +95,7 @@ def without_litter(objects: list[ObjectMeta]) -> tuple[list[ObjectMeta], dict[st
 
 
 def describe_unread(objects: list[ObjectMeta]) -> str | None:
-    """Say which objects of a listing are stored with a Content-Encoding that is not read; None where there are none."""
+    """Describe the objects that are stored with a Content-Encoding that is not read; None if there are none."""
     unread = [meta for meta in objects if is_unread(meta.content_encoding)]
     if not unread:
         return None

@@ -1,7 +1,7 @@
-"""Common mistakes in arrays, recognised by their shape and values, and advice that loses nothing.
+"""Recognises common mistakes in arrays by their shapes and values, and gives advice that loses no data.
 
-Advice says what to check before a change, since a message cannot know what a value means. In its expressions `image`
-and `label` are the array as it was saved, and `np` is NumPy.
+A message cannot know the meaning of a value, so its advice says what to check before a change. In its expressions
+`image` and `label` are the array as it was saved, and `np` is NumPy.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ import numpy as np
 import numpy.typing as npt
 
 CHUNK = 1 << 20
-"""Voxels that are looked at together: a whole volume's intermediate arrays could be larger than a worker's memory."""
+"""Voxels per step of `look_at`: the intermediate arrays of a whole volume could be larger than a worker's memory."""
 
 NEARLY_WHOLE = 1e-3
-"""Rounding errors of float32 and of conversions stay below this; values of an interpolated label do not."""
+"""Bound for the distance to a whole number: rounding errors stay below it, values of an interpolated label do not."""
 
 MOST_CHANNELS = 4
-"""A last axis that is no longer than this, behind a first one that is longer, is taken for the channels."""
+"""Longest last axis that is taken for the channels. The first axis must be longer."""
 
 NOT_FINITE = (
-    "find out where they come from before you replace them: voxels beyond the scan take the background's value, and a "
-    "failed conversion is to be repeated; np.nan_to_num alone would turn infinity into 3e38"
+    "find out where they come from before you replace them: give voxels beyond the scan the background's value, and "
+    "repeat a conversion that failed; np.nan_to_num alone would turn infinity into 3e38"
 )
 IN_ONE_TABLE = "map each value to its class, by one table for all cases"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Seen:
-    """What an array's values are.
+    """A summary of an array's values.
 
     Attributes:
-        low: the smallest finite one.
-        high: the largest finite one.
-        apart: how far the one that is furthest from a whole number is from it.
-        not_finite: how many are NaN or infinite.
-        values: the distinct ones, rounded; None if any is below -1 or above 255.
+        low: the smallest finite value; None if there is no finite value.
+        high: the largest finite value; None if there is no finite value.
+        apart: the largest distance of a finite value from its nearest whole number.
+        not_finite: number of values that are NaN or infinite.
+        values: the distinct finite values, rounded; None if one of them is below -1 or above 255 after rounding.
     """
 
     low: Any
@@ -53,7 +53,7 @@ class Seen:
 
 
 def look_at(values: npt.NDArray[Any]) -> Seen:
-    """Look at an array of booleans, whole or floating-point numbers, a chunk at a time."""
+    """Summarise an array of booleans, integers or floating-point numbers, a chunk at a time."""
     flat = values.reshape(-1, order="A")
     low = high = None
     apart, not_finite, small = 0.0, 0, True
@@ -78,19 +78,21 @@ def look_at(values: npt.NDArray[Any]) -> Seen:
 
 
 def image_dtype_advice(seen: Seen | None, dtype: np.dtype[Any]) -> str:
-    """About an image that is not float32.
+    """Return advice about an image that is not float32.
 
     Args:
-        seen: its values; None if they are no real numbers.
-        dtype: what it is instead.
+        seen: its values; None if they are not real numbers, or cannot be read.
+        dtype: the dtype that it has.
     """
+    if seen is None and dtype.kind in "biuf":
+        return "its values cannot be read, because the file is empty, damaged or too large: make it anew, as float32"
     if seen is None:
-        return "save its intensities as real numbers; of complex ones, choose the magnitude or the phase"
+        return "save its intensities as real numbers; if they are complex, choose the magnitude or the phase"
     advice = f"check that its {seen} are the intensities that you mean"
     if dtype.kind == "u" and dtype.itemsize > 1 and seen.high is not None and seen.high > 0.9 * np.iinfo(dtype).max:
         advice += " (the largest ones may be negative ones that wrapped: see how the array was made)"
     if seen.not_finite:
-        return f"{advice}; of those that are not finite, {NOT_FINITE}; then save image.astype('float32')"
+        return f"{advice}; some are not finite: {NOT_FINITE}; then save image.astype('float32')"
     largest = max(abs(float(seen.low)), abs(float(seen.high)))
     if largest > float(np.finfo(np.float32).max):
         return f"{advice}, and rescale them before image.astype('float32'), which would make infinities of them"
@@ -100,30 +102,30 @@ def image_dtype_advice(seen: Seen | None, dtype: np.dtype[Any]) -> str:
 
 
 def label_advice(seen: Seen, num_classes: int | None = None, *, fixed: bool = False) -> str:
-    """About a label that is not uint8, or has values that are no class.
+    """Return advice about a label that is not uint8, or has values outside the classes.
 
     Args:
         seen: its values.
-        num_classes: how many classes there are, if that is known.
-        fixed: whether no setting changes that number.
+        num_classes: the number of classes; None if it is not known.
+        fixed: whether the number of classes is fixed, so that no setting is advised.
     """
     if seen.not_finite:
         return f"{seen.not_finite:,} voxels are NaN or infinite: find out why, and give each of them a class first"
     if seen.apart > NEARLY_WHOLE:
         return (
-            "values between whole numbers are no classes: a label that was interpolated is to be resampled anew from "
-            "its original, by the nearest voxel; a map of probabilities is to be thresholded where you choose"
+            "values between whole numbers are no classes: resample an interpolated label anew from its original, by "
+            "the nearest voxel; threshold a map of probabilities where you choose"
         )
     label = "np.rint(label)" if seen.apart else "label"
     first = ""
     if seen.apart:
-        first = f"each value is within {seen.apart:.1g} of a whole number, and is to be rounded, not cut; "
+        first = f"each value is within {seen.apart:.1g} of a whole number, so it has to be rounded, not cut; "
     if seen.values is None:
         wraps = f" (.astype('uint8') alone would make {int(np.rint(seen.high)) % 256} of {seen.high})"
         return f"{first}{IN_ONE_TABLE}, before .astype('uint8')" + (wraps if seen.high > 255 else "")
     if seen.values[0] == -1:
         return (
-            f"{first}find out what -1 means: in some data sets, a voxel that nobody labelled; if it is background "
+            f"{first}find out what -1 means: some data sets mark unlabelled voxels with it; if it is background "
             f"here, save np.where({label} == -1, 0, {label}).astype('uint8') (.astype alone would make 255 of it)"
         )
     if seen.values in ((0, 255), (255,)):
@@ -142,8 +144,8 @@ def _about_classes(label: str, values: tuple[int, ...], num_classes: int | None,
         )
     if values[-1] == 255 and (len(values) == 1 or values[-2] < num_classes):
         return (
-            "find out what 255 means: -1 becomes 255 as uint8, and some data sets mark voxels with it that nobody "
-            f"labelled; if it is background here, save np.where({label} == 255, 0, {label}).astype('uint8')"
+            "find out what 255 means: -1 becomes 255 as uint8, and some data sets mark unlabelled voxels with it; if "
+            f"it is background here, save np.where({label} == 255, 0, {label}).astype('uint8')"
         )
     if values[0] >= 1 and values[-1] == num_classes:
         return (
@@ -160,14 +162,14 @@ def _about_classes(label: str, values: tuple[int, ...], num_classes: int | None,
 
 
 def rank_advice(shape: Sequence[int], array: str) -> str:
-    """About an array that is not (C, D, H, W), or has an empty axis.
+    """Return advice about an array that is not (C, D, H, W), or has an empty axis.
 
     Args:
-        shape: what it is instead.
-        array: "image" or "label", as expressions name it.
+        shape: the shape that it has.
+        array: its name in expressions, "image" or "label".
     """
     if 0 in shape:
-        return "nothing was left when it was made: look for a crop or a mask that is empty, and make it anew"
+        return "it has no voxels: look for a crop or a mask that is empty where it was made, and make it anew"
     if len(shape) == 3:
         return (
             f"the channel axis is missing: if the axes are D, H and W in this order, save np.expand_dims({array}, 0), "
@@ -176,12 +178,17 @@ def rank_advice(shape: Sequence[int], array: str) -> str:
     if len(shape) == 2:
         return "it is one slice: stack the slices of a volume along D, in their order, and put a channel axis before"
     if len(shape) == 5 and shape[0] == 1:
-        return f"a first axis of one batch is too many: save {array}[0], which is {tuple(shape[1:])}"
+        return f"the first axis seems to be a batch of one: save {array}[0], which is {tuple(shape[1:])}"
     return "find out what each axis is, and save one volume a file"
 
 
 def channels_last(shape: Sequence[int], wanted: int) -> int | None:
-    """How many channels stand last in a 4-D array whose first axis is not `wanted` long; None if none seem to."""
+    """Return the number of channels of a 4-D array (D, H, W, C); None if it seems to be (C, D, H, W).
+
+    Args:
+        shape: of the array.
+        wanted: number of channels that is expected. If the first axis has this length, it is the channel axis.
+    """
     first, last = shape[0], shape[-1]
     if first == wanted:
         return None
@@ -189,7 +196,7 @@ def channels_last(shape: Sequence[int], wanted: int) -> int | None:
 
 
 def channels_last_advice(shape: Sequence[int], array: str) -> str:
-    """What to do about `channels_last`."""
+    """Return advice about an array whose channel axis is the last one, as `channels_last` recognises it."""
     return (
         f"the channels seem to stand last: if the axes are D, H, W and C, save np.moveaxis({array}, -1, 0), which is "
         f"{(shape[-1], *shape[:-1])}"
@@ -197,7 +204,7 @@ def channels_last_advice(shape: Sequence[int], array: str) -> str:
 
 
 def image_channels_advice(shape: Sequence[int], wanted: int) -> str:
-    """About an image (C, D, H, W) with another number of channels than `wanted`."""
+    """Return advice about an image (C, D, H, W) whose number of channels is not `wanted`."""
     last = channels_last(shape, wanted)
     channels = last or shape[0]
     setting = f"--data.decode.channels {channels} (a run also needs --model.in-channels {channels})"
@@ -205,13 +212,13 @@ def image_channels_advice(shape: Sequence[int], wanted: int) -> str:
         more = f", and set {setting}" if last != wanted else ""
         return channels_last_advice(shape, "image") + more
     return (
-        f"if every image has {channels} channels, set {setting}; if {wanted} of them are wanted, save these, with "
-        "their axis kept, as image[:1] keeps it"
+        f"if every image has {channels} channels, set {setting}; if {wanted} of them are wanted, save these and keep "
+        "the channel axis, as image[:1] does"
     )
 
 
 def label_channels_advice(label_CDHW: npt.NDArray[np.uint8], volume_DHW: Sequence[int]) -> str:
-    """About a label of several channels: one that has them last, one-hot classes, or several maps.
+    """Return advice about a label of several channels: with the channels last, one-hot, or of several maps.
 
     Args:
         label_CDHW: (C, D, H, W) or (D, H, W, C) uint8.
@@ -225,18 +232,18 @@ def label_channels_advice(label_CDHW: npt.NDArray[np.uint8], volume_DHW: Sequenc
     label = "np.moveaxis(label, -1, 0)" if last else "label"
     top = int(label_CDHW.max())
     if classes > 256 or top > 1:
-        return f"it is no one-hot label, since it has values up to {top}: find out what its axes are, and save one map"
+        return f"it is not one-hot, because it has values up to {top}: find out what its axes are, and save one map"
     set_in = label_CDHW.sum(axis=axis, dtype=np.uint16)
     several = int(np.count_nonzero(set_in > 1))
     if several:
         return (
             f"each of the {classes} channels seems to be a structure, and {several:,} voxels are in more than one: "
-            "decide which class these have, and save one map of classes"
+            "decide which class each of these has, and save one map of classes"
         )
     if (set_in == 1).all():
         return (
-            f"it seems one-hot, a channel a class: if channel 0 is background and the others are in the order of the "
-            f"classes, save {label}.argmax(axis=0, keepdims=True).astype('uint8')"
+            f"it seems one-hot, with one channel for each class: if channel 0 is background and the others are in "
+            f"the order of the classes, save {label}.argmax(axis=0, keepdims=True).astype('uint8')"
         )
     return (
         f"each of the {classes} channels seems to be a structure, without one for the background: if they are classes "
@@ -246,12 +253,12 @@ def label_channels_advice(label_CDHW: npt.NDArray[np.uint8], volume_DHW: Sequenc
 
 
 def shapes_advice(image_DHW: Sequence[int], label_DHW: Sequence[int]) -> str:
-    """About an image and a label of different shapes."""
+    """Return advice about an image and a label of different shapes."""
     if sorted(image_DHW) == sorted(label_DHW):
         return (
             "their axes seem to be in different orders: look at both in a viewer, and transpose the label to its image"
         )
     return (
-        "find out why: if the label is another scan's, find its own; if it was drawn on another grid, resample it onto "
-        "the image's by the affines of both, by the nearest voxel (never by shape alone)"
+        "find out why: if the label belongs to another scan, find the right one; if it was drawn on "
+        "another grid, resample it onto the image's by the affines of both, by the nearest voxel (never by shape alone)"
     )

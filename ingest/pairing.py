@@ -20,7 +20,8 @@ SUFFIXED_IMAGE = r"(.+)_x\.npy"
 SUFFIXED_LABEL = r"(.+)_y\.npy"
 EQUAL_NAMES = r"(.+)\.npy"
 VOLUME_LIKE = re.compile(r"\.npy(\.\w+)?$", re.IGNORECASE)  # also .NPY and .npy.gz: a volume that would go unread
-READABLE = re.compile(r"\.npy(\.gz)?$", re.IGNORECASE)  # of those, what can be read where a pattern says so
+READABLE = re.compile(r"\.npy(\.gz)?$", re.IGNORECASE)  # names of volumes that are read if a pattern takes them
+CONVERT = "only volumes stored as .npy or .npy.gz are read: convert other formats to one of these"
 SHOWN = 3  # names shown in a message before "and N more"
 
 
@@ -200,13 +201,13 @@ def pair_cases(
         raise PairingError(
             f"expected at least one image and label of the same key, found none among {len(images)} objects "
             f"for images (first: {_first(images)}) and {len(labels)} for labels (first: {_first(labels)}); "
-            f"check the two URIs, {ways}; volumes are read as .npy or .npy.gz, so convert those of other formats"
+            f"check the two URIs, {ways}; {CONVERT}"
         )
     return pairing
 
 
 def patterns_for(images: Iterable[str], labels: Iterable[str], *, same_place: bool = False) -> tuple[str, str]:
-    """The patterns by which all volumes of these names that can be read have keys, `.npy.gz` and `.NPY` included.
+    """Return patterns that give a key to every volume that can be read, also to those named `.npy.gz` or `.NPY`.
 
     Args:
         images: names of images.
@@ -228,7 +229,7 @@ def patterns_for(images: Iterable[str], labels: Iterable[str], *, same_place: bo
 def _ways_to_pair(
     problems: Sequence[Problem], images: Sequence[ObjectMeta], labels: Sequence[ObjectMeta], *, same_place: bool
 ) -> str:
-    """What to do about objects that match no pattern, in words that can be followed as they stand."""
+    """Return advice about objects that match no pattern. Its options can be copied into a shell."""
     names = [problem.name for problem in problems if problem.kind == "name-without-key"]
     readable = [name for name in names if READABLE.search(name)]
     others = [name for name in names if not READABLE.search(name)]

@@ -376,7 +376,7 @@ def _sample_batch(raw: pa.Table, sampler: PatchSampler, decode: DecodeConfig, qu
         )
         good.append(row)
     if quarantine is not None and bad:
-        quarantine.report(*bad)  # at once: the book writes about once a second
+        quarantine.report(*bad)  # in one call, because the book writes about once a second
     return {
         "case_id": np.asarray([case_ids[row] for row in good], dtype=object),
         "index": index if len(good) == rows else index[good],

@@ -128,10 +128,10 @@ class Quarantine(Protocol):
     """Keeps a run's bad cases. Thread-safe; an answer holds for every process of the run."""
 
     def report(self, *entries: QuarantineEntry) -> None:
-        """Take cases in: when this returns, their entries are written. Once is enough; a case's first entry stays.
+        """Add cases. When this returns, their entries are written. If a case has an entry already, that entry stays.
 
         Raises:
-            QuarantineBudgetError: the cases are more than the budget allows; as many as it allows are taken in.
+            QuarantineBudgetError: the cases are more than the budget allows; as many as it allows are added.
         """
 
     def entries(self) -> list[QuarantineEntry]:
@@ -142,7 +142,7 @@ class Quarantine(Protocol):
 
 
 class _Write:
-    """Entries that are written together, and what came of it."""
+    """Entries that are written together, and the result of the write."""
 
     def __init__(self) -> None:
         self.entries: dict[int, QuarantineEntry] = {}
@@ -180,7 +180,7 @@ class QuarantineBook:
         self._one_writer = threading.Lock()
         self._next_write_s = clock()
         self._entries: dict[int, QuarantineEntry] | None = None
-        self._generation: int | None = 0  # of the file that they were read from or written to
+        self._generation: int | None = 0  # of the file that holds these entries
         self._open: _Write | None = None
         self._under_way: _Write | None = None
         self._refused: dict[int, QuarantineEntry] = {}
@@ -199,7 +199,7 @@ class QuarantineBook:
             raise over_budget([*self.entries(), *self._refused.values()], self._budget)
 
     def _joined(self, entries: Sequence[QuarantineEntry]) -> tuple[_Write | None, bool]:
-        """The write that will take these entries, None where all are written; and whether some are over the budget."""
+        """Return the write that takes these entries, None if all are written, and whether some are over the budget."""
         known = self._loaded()
         write, over = None, False
         for entry in entries:
@@ -214,12 +214,12 @@ class QuarantineBook:
                     continue
                 self._open = joined = self._open or _Write()
                 joined.entries[entry.index] = entry
-            if write is not self._open:  # the open one is written last
+            if write is not self._open:  # if entries are in both, wait for the open write, which comes last
                 write = joined
         return write, over
 
     def _write(self, write: _Write) -> None:
-        """Write what has joined, when the place takes a write again; others join the next one meanwhile."""
+        """Wait until the place takes a write again, and write the entries. Later entries join the next write."""
         self._sleep(max(0.0, self._next_write_s - self._clock()))
         with self._lock:
             self._open, self._under_way = None, write
@@ -233,7 +233,7 @@ class QuarantineBook:
                     self._next_write_s = self._clock() + WRITE_EVERY_S
             with self._lock:
                 self._entries = taken
-        except Exception as error:  # noqa: BLE001  raised by all whose entries were not written
+        except Exception as error:  # noqa: BLE001  each `report` that waits for this write raises it
             write.error = error
         finally:
             with self._lock:
@@ -241,9 +241,9 @@ class QuarantineBook:
             write.done = True
 
     def _put(self, store: Store, taken: dict[int, QuarantineEntry]) -> dict[int, QuarantineEntry]:
-        """Write the entries, with those that somebody else has written since, and return all.
+        """Write the entries together with those that another run wrote since, and return all of them.
 
-        Another run may have taken the folder over while this one's machine slept: its entries must not be lost.
+        Another run may take the folder over while this run's machine sleeps, and its entries must not be lost.
         """
         while True:
             with contextlib.suppress(PreconditionError):
@@ -282,11 +282,17 @@ def entry_of(error: ObjectError | DecodeError, *, index: int, case_id: str, uri:
     return QuarantineEntry(index, case_id, uri, reason, str(error), epoch)
 
 
-def over_budget(entries: list[QuarantineEntry], budget: int) -> QuarantineBudgetError:
-    """The error that names the cases and the budget."""
+def over_budget(entries: list[QuarantineEntry], budget: int, *, in_a_run: bool = True) -> QuarantineBudgetError:
+    """Return the error that names the cases and the budget.
+
+    Args:
+        entries: the bad cases.
+        budget: cases that may be bad.
+        in_a_run: whether a training run found them, which can be resumed.
+    """
     return QuarantineBudgetError(
         f"expected at most {budget} bad cases, found {len(entries)}: {_named(entries)}; mend them, or "
-        "raise --data.budget-cases: a run goes on with it by --trainer.resume"
+        "raise --data.budget-cases" + (": a run goes on with it by --trainer.resume" if in_a_run else "")
     )
 
 
@@ -318,7 +324,7 @@ def load_entries(run_dir: str) -> list[QuarantineEntry]:
 
 
 def _saved(store: Store) -> tuple[list[QuarantineEntry], int | None]:
-    """What a run's folder holds, and the generation of the file; nothing and 0 where there is no such file."""
+    """Return the entries in a run's folder and the generation of the file; no entries and 0 if there is no file."""
     try:
         saved = next((found for found in store.list(QUARANTINE_FILE) if found.name == QUARANTINE_FILE), None)
     except PlaceNotFoundError:

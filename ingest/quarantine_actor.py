@@ -18,6 +18,7 @@ from .quarantine import BadCaseConfig, QuarantineBook, QuarantineEntry, over_bud
 from .unwrap import own_error
 
 WAITING = 100
+"""Reports that can wait for one write together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ class QuarantineHandle:
 
 
 class _Book(QuarantineBook):
-    """The book in an actor, which tells when it had to be started again."""
+    """The book in an actor. It reports its own restart."""
 
     def __init__(self, run_dir: str, budget: int, tell: Callable[[str], None] | None) -> None:
         super().__init__(run_dir, budget)
@@ -93,7 +94,7 @@ def start_quarantine(
         run_dir: the run's folder or gs:// place.
         config: says the budget.
         cases: of the whole data set.
-        tell: is told, in the actor, when it had to be started again. Pickles.
+        tell: called with a message, in the actor, when Ray has started the actor again. It must pickle.
 
     Raises:
         QuarantineBudgetError: the folder holds more entries than the budget allows.
@@ -109,7 +110,7 @@ def start_quarantine(
             name=name,
             namespace=context.namespace,
             num_cpus=0,
-            max_concurrency=WAITING,  # reports that wait for the next write together
+            max_concurrency=WAITING,
             max_restarts=-1,
             max_task_retries=-1,  # all that it is asked may be asked twice
             scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True),

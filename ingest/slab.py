@@ -269,13 +269,13 @@ def boxes_of(name: str, data: Buffer, label_1DHW: LabelMap) -> Boxes:
 
 
 def look_up(images: Store, labels: Store, case: Case) -> Known | BadCase | None:
-    """Read what a manifest may say of a case: the label whole, and of the image the header.
+    """Read the label whole and the header of the image, for the shape and boxes of a case in the manifest.
 
-    An image whose header does not show that it can be read in part is read whole, to tell a bad one from one that is
-    compressed or in Fortran order. Any number of channels and any label values are good here.
+    If the headers do not show that the case can be read in part, the image is read whole. So a bad image is told from
+    one that is compressed or in Fortran order. Any number of channels and any label values are good here.
 
     Returns:
-        What is known; the case as a bad one; or None for a good case that is always read whole.
+        The shape and boxes; a BadCase; or None for a good case that is always read whole.
 
     Raises:
         StoreError: a store as a whole cannot be read.

@@ -8,7 +8,7 @@ from .errors import IngestError
 
 
 def wrapped(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that led to it: causes, contexts, and what Ray's errors wrap."""
+    """Yield an error, its causes and contexts, and the errors that Ray's errors wrap."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -28,7 +28,7 @@ def wrapped(error: BaseException) -> Iterator[BaseException]:
 
 
 def own_error(error: BaseException) -> IngestError | None:
-    """The error of ours that Ray's errors wrap, if there is one."""
+    """Return the IngestError that Ray's errors wrap; None if there is none."""
     return next((_plain(each) for each in wrapped(error) if isinstance(each, IngestError)), None)
 
 

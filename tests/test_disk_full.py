@@ -63,6 +63,7 @@ def ray_task_error(cause: Exception) -> Exception:
         NO_SPACE,
         OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
         OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device"),  # Arrow's
+        OSError(errno.EDQUOT, "in words of another language"),
         chained(StoreError("expected to write x"), NO_SPACE),
         ray_task_error(OSError(errno.ENOSPC, "no room")),
         ray_task_error(DiskFullError("expected room", "/a")),
@@ -74,6 +75,11 @@ def ray_task_error(cause: Exception) -> Exception:
 )
 def test_a_full_disk_is_recognised(error):
     assert full_disk(error) is not None
+
+
+@pytest.mark.parametrize("cause", [OSError(errno.ENOSPC, "no room", "/a"), DiskFullError("expected room", "/a")])
+def test_the_error_that_ray_wraps_is_found_and_not_its_wrapper(cause):
+    assert full_disk(ray_task_error(cause)) is cause
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def write_cases(root: Path, images: list[np.ndarray], labels: list[np.ndarray] |
 
 
 def inspected(root: Path, capsys: pytest.CaptureFixture[str], *options: str, status: int) -> str:
-    """What inspect prints, with all white space as one blank."""
+    """Run `inspect`, check its status, and return its output with single blanks for white space."""
     roots = ["--images", f"{root}/images", "--labels", f"{root}/labels", "--picture", f"{root}/picture.png"]
     assert main(["inspect", *roots, *options]) == status
     return " ".join(capsys.readouterr().out.split())
@@ -234,6 +234,17 @@ def test_boxes_of_bad_cases_are_not_saved_and_the_rest_is_printed(
     assert not (tmp_path / "m.parquet").exists()
 
 
+def test_boxes_that_cannot_be_saved_are_said_and_the_rest_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_set(tmp_path, 2)
+    (tmp_path / "file").write_bytes(b"no folder")
+    printed = inspected(tmp_path, capsys, "--boxes", f"{tmp_path}/file/m.parquet", status=1)
+    assert "wrong: expected to write" in printed
+    assert "transport: direct" in printed
+    assert printed.endswith("wrong: no manifest was saved")
+
+
 def test_objects_of_an_encoding_that_is_not_read_are_said_beside_bad_cases(
     gcs_server: EmbeddedServer, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,7 +256,7 @@ def test_objects_of_an_encoding_that_is_not_read_are_said_beside_bad_cases(
         ):
             place = GCSPlace(open_store(f"gs://{bucket}/{role}"), gcs_server.url)
             stored = body if encoding is None else gzip.compress(body)
-            # What is called br here must only be neither .npy nor gzip.
+            # The body called br is gzip reversed: it only has to be neither .npy nor gzip.
             place.write(f"{number}.npy", stored[::-1] if encoding == "br" else stored, None, encoding)
     roots = ["--images", f"gs://{bucket}/images", "--labels", f"gs://{bucket}/labels"]
     assert main(["inspect", *roots, "--picture", f"{tmp_path}/p.png"]) == 1

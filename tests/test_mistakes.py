@@ -29,7 +29,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def refusal(image: np.ndarray, label: np.ndarray, config: DecodeConfig | None = None) -> str | None:
-    """What is said of a case, None if it is good."""
+    """Return the error's message about a case, None if the case is good."""
     try:
         decode_case(npy(image), npy(label), config or DecodeConfig(), image_name="a_x.npy", label_name="a_y.npy")
     except DecodeError as error:
@@ -38,7 +38,7 @@ def refusal(image: np.ndarray, label: np.ndarray, config: DecodeConfig | None = 
 
 
 def follow(message: str, expression: str, **array: np.ndarray) -> np.ndarray:
-    """Do as the message says."""
+    """Evaluate the expression that the message advises."""
     assert f"save {expression}" in message, message
     done: np.ndarray = eval(expression, {"np": np, **array})
     return done
@@ -75,19 +75,19 @@ LABELS = {
     "truth values": (MASK.astype(bool), "label.astype('uint8')", MASK, "expected dtype uint8, found bool"),
     "classes from 1": (LABEL + np.uint8(1), "(label - 1).astype('uint8')", LABEL, "counted from 1"),
     "without a channel axis": (LABEL[0], "np.expand_dims(label, 0)", LABEL, "the channel axis is missing"),
-    "with a batch axis": (LABEL[np.newaxis], "label[0]", LABEL, "one batch is too many"),
+    "with a batch axis": (LABEL[np.newaxis], "label[0]", LABEL, "seems to be a batch of one"),
     "channels last": (LABEL[0][..., np.newaxis], "np.moveaxis(label, -1, 0)", LABEL, "found 7 in shape (7, 8, 9, 1)"),
     "one-hot": (
         np.moveaxis(HOT, -1, 0),
         "label.argmax(axis=0, keepdims=True).astype('uint8')",
         LABEL,
-        "it seems one-hot, a channel a class",
+        "it seems one-hot, with one channel for each class",
     ),
     "one-hot, channels last": (
         HOT,
         "np.moveaxis(label, -1, 0).argmax(axis=0, keepdims=True).astype('uint8')",
         LABEL,
-        "it seems one-hot, a channel a class",
+        "it seems one-hot, with one channel for each class",
     ),
     "one-hot without background": (
         np.moveaxis(HOT, -1, 0)[1:],
@@ -162,7 +162,7 @@ def test_a_class_beyond_the_last_is_a_setting_or_a_table_and_the_setting_works()
         (LABEL.astype(complex), "map each value to its class"),
         (LABEL[:, :0], "look for a crop or a mask that is empty"),
         (np.moveaxis(np.maximum(HOT, 1), -1, 0), f"{MASK.size} voxels are in more than one"),
-        (np.concatenate([LABEL, LABEL]), "it is no one-hot label, since it has values up to 2"),
+        (np.concatenate([LABEL, LABEL]), "it is not one-hot, because it has values up to 2"),
         (LABEL.transpose(0, 3, 2, 1), "their axes seem to be in different orders"),
         (LABEL[:, 1:], "never by shape alone"),
     ],
@@ -189,6 +189,12 @@ def test_where_no_cast_keeps_what_is_meant_none_is_advised(label, said):
 )
 def test_of_an_image_the_message_says_what_to_check_first(image, said):
     assert said in refusal(image, LABEL)
+
+
+def test_an_image_of_another_type_that_is_cut_is_to_be_made_anew_and_not_called_complex():
+    whole = npy((IMAGE * 1000).astype(np.int16))
+    with pytest.raises(DecodeError, match="found int16; its values cannot be read, because the file is empty, damaged"):
+        decode_case(whole[:-9], npy(LABEL), DecodeConfig(), image_name="a_x.npy", label_name="a_y.npy")
 
 
 def test_values_beyond_the_first_chunk_are_looked_at_too():

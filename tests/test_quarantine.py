@@ -19,6 +19,7 @@ from ingest.errors import (
     ConfigError,
     CorruptObjectError,
     DecodeError,
+    EncodingError,
     IngestError,
     ManifestError,
     ObjectError,
@@ -29,7 +30,7 @@ from ingest.errors import (
     StoreError,
     UnreachableError,
 )
-from ingest.fetch import FetchConfig, ShardSpec, read_shard
+from ingest.fetch import FetchConfig, ShardSpec, _with_advice, read_shard
 from ingest.index import index_cases
 from ingest.pipeline import DataConfig, sample_patches, training_dataset
 from ingest.quarantine import (
@@ -365,6 +366,13 @@ def test_the_advice_for_an_object_that_changed_since_it_was_listed_lets_the_run_
         delivered(shard(tmp_path, manifest=manifest))
     book = QuarantineBook(None, budget=1)
     assert delivered(shard(tmp_path, bad=policy, book=book, manifest=manifest)) == left
+
+
+@pytest.mark.parametrize("kind", [CorruptObjectError, EncodingError, ObjectNotFoundError])
+def test_each_error_of_one_object_that_ends_a_run_names_the_setting_that_leaves_its_case_out(kind):
+    ended = _with_advice(kind("expected a"))
+    assert type(ended) is kind
+    assert str(ended) == "expected a, or go on with --data.on-bad quarantine, which leaves its case out"
 
 
 def test_a_stale_object_that_is_refreshed_and_found_bad_goes_by_the_policy_for_bad_ones(tmp_path):

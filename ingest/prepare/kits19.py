@@ -1,8 +1,8 @@
 """KiTS19 scans to training cases, by the formulas of MLPerf's U-Net3D benchmark.
 
 Source of the formulas: ``preprocess_dataset.py`` of mlcommons/training (retired_benchmarks/unet3d/pytorch). One of
-them is left by default: the reference resamples the label half a source voxel away from its image, and
-``--resample grid`` puts both on one grid. ``--resample mlperf`` is the reference to the letter; see `resample`.
+them is not followed by default: the reference puts the label half a source voxel away from its image, and
+``--resample grid`` puts both on one grid. ``--resample mlperf`` follows the reference exactly; see `resample`.
 
 Axes: KiTS19 stores its NIfTI arrays as (D, H, W), D along the body, and the header's ``pixdim[1:4]`` holds
 the spacing of the same three axes in that order. Both are taken as they are stored, as the reference does; the
@@ -51,7 +51,7 @@ MEAN_HU = 101.0
 STD_HU = 76.9
 CLASSES = 3
 SPACING_TOLERANCE = 0.01
-"""Share by which the two spacings of a header may differ, since tools round one of them to fewer digits."""
+"""Relative difference that the two spacings of a header may have, because tools round one of them."""
 
 IMAGE_FILE = "imaging.nii.gz"
 LABEL_FILE = "segmentation.nii.gz"
@@ -67,7 +67,7 @@ class Kits19Source:
         spacing_mm: of the resampled volumes, along D, H and W.
         shape: volumes smaller than this are padded up to it.
         resample: the grid of image and label; see the module `resample`.
-        on_mismatch: what to do about a label that does not lie on its image's grid.
+        on_mismatch: treatment of a label that does not lie on its image's grid.
     """
 
     folder: str
@@ -90,7 +90,9 @@ class Kits19Source:
             raise DecodeError(f"{folder}: {error}", error.reason) from None
 
     def affine(self, case: int) -> Affine:
-        """From the image's header, carried over to the prepared grid; with mlperf, the image's.
+        """Return the affine of the prepared image, computed from the header of the scan.
+
+        With ``--resample mlperf`` the prepared label lies about half a source voxel away from it.
 
         Raises:
             DecodeError: the file is no NIfTI volume.
@@ -143,7 +145,7 @@ def preprocess(
 
 
 def _steps(spacing_mm: Spacing, target_mm: Spacing) -> list[float]:
-    """Distance of neighbouring voxels of the prepared grid, in voxels of the scan."""
+    """Return the distance of neighbouring voxels of the prepared grid, in voxels of the scan."""
     return [target / spacing for spacing, target in zip(spacing_mm, target_mm, strict=True)]
 
 
@@ -195,8 +197,8 @@ def load_pair(
 
     Args:
         folder: of the case.
-        on_mismatch: about a label whose shape or affine is not the image's. "fail" refuses the case. "resample" puts
-            the label onto the image's grid in world coordinates (`placement.onto_grid`).
+        on_mismatch: treatment of a label whose shape or affine is not the image's. "fail" refuses the case. "resample"
+            puts the label onto the image's grid in world coordinates (`placement.onto_grid`).
 
     Returns:
         image (D, H, W) float32; label (D, H, W) uint8; the image's spacing in mm along D, H and W.
@@ -250,7 +252,7 @@ def load_pair(
 
 
 def _check_affine(path: Path, volume: _Volume) -> None:
-    """Refuse an affine that says nothing of where voxels lie, or something else than pixdim.
+    """Refuse an affine that does not tell the places of voxels, or that contradicts pixdim.
 
     Raises:
         DecodeError: it is not finite, it cannot be inverted, or its spacing differs from pixdim by more than 1 %.
@@ -271,7 +273,7 @@ def _check_affine(path: Path, volume: _Volume) -> None:
 
 
 def _on_one_grid(folder: Path, image: _Volume, label: _Volume, on_mismatch: OnMismatch) -> bool:
-    """Whether the two lie on one grid, to `PLACE_TOLERANCE`; refuses where they do not and must.
+    """Return whether image and label lie on one grid, within `PLACE_TOLERANCE`.
 
     Raises:
         DecodeError: they do not, and `on_mismatch` is "fail".
@@ -330,8 +332,8 @@ def _open_volume(path: Path, *, data: bool = False) -> _Volume:
         ) from error
     if not whole:
         raise DecodeError(
-            f"{path}: expected a 3-D volume (D, H, W) with voxels, found shape {shape}; of a series of scans, take the "
-            "one that is wanted; of a label with a channel a class, its argmax along that axis",
+            f"{path}: expected a 3-D volume (D, H, W) with voxels, found shape {shape}; take the wanted scan out of a "
+            "series of scans; of a one-hot label, take the argmax along the axis of the classes",
             "not-3d",
         )
     return _Volume(shape, array, (depth_mm, height_mm, width_mm), affine)

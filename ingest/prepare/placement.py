@@ -1,4 +1,4 @@
-"""Whether a label lies where its image does, by the affines of their headers, and how it is put there.
+"""Checks by the affines of two headers that a label lies on its image, and resamples it onto the image's grid.
 
 An affine takes voxel indices (d, h, w, 1) to millimetres (x, y, z, 1); see `geometry`.
 """
@@ -14,13 +14,13 @@ from ..geometry import Affine
 from .resample import SLACK, labels_in, largest, snapped
 
 PLACE_TOLERANCE = 0.1
-"""Of the smallest spacing: image and label whose corners lie nearer than this are on one grid. Headers hold affines as
-float32 or as quaternions, so two tools write the same one differently: by about 1e-4 mm a corner, a hundredth of this.
-A label that is off by more than a tenth of a voxel was drawn on another grid."""
+"""Share of the smallest spacing. Image and label are on one grid if their corners lie nearer to each other than this.
+Headers hold affines as float32 or as quaternions, so two tools write the same affine with corners about 1e-4 mm apart,
+a hundredth of this. A label that is off by more than a tenth of a voxel was drawn on another grid."""
 
 
 def corner_distance_mm(first: Affine, second: Affine, shape_DHW: Sequence[int]) -> float:
-    """How far two affines put the same corner voxel of a volume apart: the largest of the eight, in mm."""
+    """Return the largest distance, in mm, between the places of a volume's corner voxel by two affines."""
     corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)], np.float64)
     corners[:, :3] *= np.asarray(shape_DHW, np.float64) - 1
     apart_mm = ((first - second) @ corners.T)[:3]
@@ -30,12 +30,12 @@ def corner_distance_mm(first: Affine, second: Affine, shape_DHW: Sequence[int]) 
 def count_outside(
     label_DHW: npt.NDArray[np.uint8], label_affine: Affine, image_affine: Affine, shape_DHW: Sequence[int]
 ) -> int:
-    """How many labelled voxels lie wholly outside an image, touching none of its voxels.
+    """Return the number of labelled voxels that touch no voxel of an image.
 
     Args:
         label_DHW: (D, H, W) uint8; voxels above 0 count.
         label_affine: of the label.
-        image_affine: of the image; can be inverted.
+        image_affine: of the image; it must be invertible.
         shape_DHW: of the image.
     """
     change = np.linalg.inv(image_affine) @ label_affine
@@ -55,11 +55,11 @@ def onto_grid(
     """Resample a label onto an image's grid, in world coordinates.
 
     Each voxel takes the class with the largest share of the label's trilinear weights there (see `largest`), and 0
-    outside the label. Exact where the two grids differ by flips and exchanged axes.
+    outside the label. The result is exact if the two grids differ only by flips and exchanged axes.
 
     Args:
         label_DHW: (D, H, W) uint8.
-        label_affine: of the label; can be inverted.
+        label_affine: of the label; it must be invertible.
         image_affine: of the image.
         shape_DHW: of the image.
 

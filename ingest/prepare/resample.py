@@ -28,12 +28,12 @@ Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 Resample = Literal["grid", "mlperf"]
 Places = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]
-"""Of each axis, where in the source its output voxels lie, in source voxels."""
+"""For each axis, the places of the output voxels in the source, in source voxels."""
 
 SLACK = 1e-3
-"""In voxels: headers hold spacings as float32, so 0.8 mm is read as 0.80000001 mm. Places of the output that are this
-near to a source voxel, or to the middle between two, count as there, and so do sizes this near to a whole number.
-Also the share of a voxel's weight by which two classes may differ and still count as equal."""
+"""Tolerance in voxels, because headers hold spacings as float32 and 0.8 mm is read as 0.80000001 mm. A place of the
+output that is this near to a source voxel, or to the middle between two, is moved there. A size that is this near to a
+whole number is that number. Two classes whose shares of a voxel differ by no more than this count as equal."""
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -41,16 +41,16 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 def resampled_shape(
     shape_DHW: Sequence[int], spacing_mm: Spacing, target_mm: Spacing, resample: Resample = "mlperf"
 ) -> Shape:
-    """The shape a volume has at another spacing: ``spacing / target * shape``, cut and not rounded.
+    """Return the shape of a volume at another spacing: ``spacing / target * shape``, cut and not rounded.
 
-    MLPerf's formula cuts what float64 makes of a header's float32: 16 voxels of 0.9 mm are 11 of 1.2 mm. `grid` takes
-    a size within `SLACK` of a whole number for that number: they are 12.
+    Spacings come from a header's float32, so 16 voxels of 0.9 mm are 11.9999997 voxels of 1.2 mm. MLPerf's formula
+    cuts them to 11. `grid` takes a size within `SLACK` of a whole number for that number, here 12.
 
     Args:
         shape_DHW: voxels along each axis.
         spacing_mm: distance of neighbouring voxels along D, H and W.
         target_mm: the same of the new grid.
-        resample: whose shape.
+        resample: the mode, whose rule applies.
 
     Raises:
         DecodeError: an axis would have no voxel left.
@@ -90,11 +90,11 @@ def resample_linear(volume_DHW: npt.NDArray[np.float32], shape_DHW: Shape) -> np
 
 
 def grid_places(shape_DHW: Sequence[int], wanted_DHW: Shape, step_DHW: Sequence[float]) -> Places:
-    """Where the voxels of the output grid lie in the source; image and label share these places.
+    """Return the places of the output grid's voxels in the source. Image and label share these places.
 
     Output voxel i of an axis lies at ``(in - 1) / 2 + (i - (out - 1) / 2) * step``: the grid is centred on the source.
-    Places within `SLACK` of half a voxel's multiple are that multiple, so where nothing is to be resampled, voxels are
-    copied as they are.
+    Places within `SLACK` of a multiple of half a voxel are moved onto it, so voxels are copied unchanged if the spacing
+    does not change.
 
     Args:
         shape_DHW: the source's voxels along each axis.
@@ -109,13 +109,13 @@ def grid_places(shape_DHW: Sequence[int], wanted_DHW: Shape, step_DHW: Sequence[
 
 
 def snapped(place: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
-    """Places within `SLACK` of a multiple of half a voxel, put onto it."""
+    """Return the places, with those within `SLACK` of a multiple of half a voxel moved onto it."""
     half = np.rint(2 * place) / 2
     return np.where(np.abs(place - half) <= SLACK, half, place)
 
 
 def linear_at(volume_DHW: npt.NDArray[np.float32], places: Places) -> npt.NDArray[np.float32]:
-    """Trilinear interpolation at `places`; beyond the outermost voxels, their values go on.
+    """Interpolate trilinearly at `places`. Places beyond the outermost voxels take the values of those voxels.
 
     Args:
         volume_DHW: (D, H, W) float32.
@@ -130,17 +130,17 @@ def linear_at(volume_DHW: npt.NDArray[np.float32], places: Places) -> npt.NDArra
 
 
 def label_at(label_DHW: npt.NDArray[np.uint8], places: Places) -> npt.NDArray[np.uint8]:
-    """The class with the largest share of the trilinear weights at each of `places`.
+    """Return the class with the largest share of the trilinear weights at each of `places`.
 
-    A label's edge comes to lie where an image of the same structure crosses one half. The nearest voxel would be up to
-    half a voxel off along each axis. See `largest` about equal shares.
+    So the edge of a label lies where an image of the same structure crosses one half. The nearest voxel could be half a
+    voxel off along each axis. For equal shares see `largest`.
 
     Args:
         label_DHW: (D, H, W) uint8.
         places: of the output's voxels.
 
     Returns:
-        A new array (len of each axis of `places`), uint8; it has no value that `label_DHW` has not.
+        A new array (len of each axis of `places`), uint8; each of its values occurs in `label_DHW`.
     """
     below, above, weight = _taps_at(label_DHW.shape[0], places[0])
     rows, columns = (_taps_at(size, place) for size, place in zip(label_DHW.shape[1:], places[1:], strict=True))
@@ -161,17 +161,17 @@ def label_at(label_DHW: npt.NDArray[np.uint8], places: Places) -> npt.NDArray[np
 
 
 def labels_in(label_DHW: npt.NDArray[np.uint8]) -> list[int]:
-    """The values above 0 that a label has, in ascending order."""
+    """Return the values above 0 in a label, in ascending order."""
     return [value for value in range(1, int(label_DHW.max(initial=0)) + 1) if (label_DHW == value).any()]
 
 
 def largest(
     shares: Sequence[tuple[int, npt.NDArray[np.float32]]], shape_HW: tuple[int, int], odd: int
 ) -> npt.NDArray[np.uint8]:
-    """The class with the largest share of each voxel of a slice.
+    """Return the class with the largest share of each voxel of a slice.
 
-    Where two classes have equal shares, every second voxel takes the higher one, as on a chessboard. Always taking one
-    would make structures grow or shrink by half a voxel on each side when the spacing doubles, and taking the nearest
+    If two classes have equal shares, every second voxel takes the higher one, as on a chessboard. If all voxels took
+    the same one, structures would grow or shrink by half a voxel on each side when the spacing doubles. The nearest
     voxel would shift them.
 
     Args:
@@ -198,7 +198,7 @@ _Taps = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float32]]
 def _interpolate(
     volume_DHW: npt.NDArray[np.float32], taps: Sequence[_Taps | None], shape_DHW: Shape
 ) -> npt.NDArray[np.float32]:
-    """Interpolate along the three axes; None for an axis that stays as it is."""
+    """Interpolate along the three axes. Taps of None leave their axis unchanged."""
     depth, height, width = shape_DHW
     flat = np.empty((volume_DHW.shape[0], height, width), np.float32)
     for slab_HW, out_HW in zip(volume_DHW, flat, strict=True):
@@ -239,7 +239,7 @@ def pad_edge(volume_DHW: npt.NDArray[_Scalar], minimum_DHW: Shape) -> npt.NDArra
 
 
 def _taps_at(size: int, place: npt.NDArray[np.float64]) -> _Taps:
-    """For each place: the two voxels it lies between, and the weight of the second."""
+    """Return for each place the two voxels that it lies between, and the weight of the second."""
     inside = np.clip(place, 0, size - 1)
     below = np.floor(inside).astype(np.int64)
     return below, np.minimum(below + 1, size - 1), (inside - below).astype(np.float32)

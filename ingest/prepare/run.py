@@ -65,15 +65,15 @@ class PrepareConfig:
     every volume has; None: 48 48 48."""
 
     resample: Resample = "grid"
-    """`grid`: image and label on one grid, voxels exactly --spacing apart; the label takes the class with the largest
-    share of each voxel. `mlperf`, kits19 only: MLPerf's own two formulas, for its published result. There the image
-    keeps its corner voxels, the label takes the voxel before each place, and comes out about half a source voxel away
-    from its image. mni152 draws image and label on one grid in any case."""
+    """`grid` puts image and label on one grid, with voxels exactly --spacing apart. Each voxel of the label takes the
+    class with the largest share of it. `mlperf`, for kits19 only, uses MLPerf's own two formulas, for comparison with
+    its published result: the image keeps its corner voxels, and the label lies about half a source voxel away from
+    it. mni152 always draws image and label on one grid."""
 
     on_mismatch: OnMismatch = "fail"
-    """kits19: about a label that does not lie on its image's grid by the two affines and shapes. `fail`: stop and
-    print both. `resample`: put it onto the image's grid in world coordinates. A label of which a part lies outside the
-    image is refused either way."""
+    """kits19: treatment of a label that does not lie on its image's grid, by the two affines and shapes. `fail` stops
+    and prints both. `resample` puts the label onto the image's grid in world coordinates. A label that lies partly
+    outside the image is refused either way."""
 
     workers: int | None = None
     """Cases made at the same time, each in a Ray task. None: as many as the cluster has CPUs for. 0: in this
@@ -117,7 +117,7 @@ class PrepareConfig:
         if self.source == "mni152" and self.resample != "grid":
             raise ConfigError(
                 f"expected --resample grid for mni152, found {self.resample!r}; leave it out: MLPerf's formulas "
-                "are those of kits19"
+                "are for kits19 only"
             )
         if self.source == "mni152" and self.on_mismatch != "fail":
             raise ConfigError(

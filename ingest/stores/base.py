@@ -38,13 +38,13 @@ class ObjectMeta(NamedTuple):
 
 
 _UNREAD_ENCODINGS = frozenset({"br", "compress", "dcb", "dcz", "deflate", "x-compress", "zstd"})
-"""Of https://www.iana.org/assignments/http-parameters, all that compress but gzip."""
+"""All encodings of https://www.iana.org/assignments/http-parameters that compress, except gzip."""
 
 
 def is_unread(content_encoding: str | None) -> bool:
-    """Return whether an object with this Content-Encoding is not read. Its bytes are compressed, and not by gzip.
+    """Return whether an object with this Content-Encoding is not read: it compresses, and is not gzip.
 
-    Values that are no compression, such as `utf-8` by mistake, do not matter.
+    A value that names no compression, such as `utf-8` by mistake, makes no difference.
     """
     if content_encoding is None:
         return False
@@ -52,10 +52,10 @@ def is_unread(content_encoding: str | None) -> bool:
 
 
 def unread_encoding(uri: str, content_encoding: str) -> EncodingError:
-    """The error of an object that is stored with such an encoding, for every store."""
+    """Return the error of an object that is stored with an encoding that is not read, for every store."""
     return EncodingError(
         f"expected {uri} to be stored uncompressed or as gzip, found it stored with Content-Encoding "
-        f"{content_encoding}, which is not read; decompress it and upload it anew, or leave the case out"
+        f"{content_encoding}, which is not read; decompress it and upload it anew"
     )
 
 

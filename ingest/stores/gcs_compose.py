@@ -20,15 +20,13 @@ from dataflux_core.download import COMPOSED_PREFIX, DataFluxDownloadOptimization
 from ..errors import ObjectError, PermissionDeniedError, StoreError
 from .base import ObjectMeta, StoreConfig
 from .gcs_clients import google_blob, pool, timeouts_s
-from .gcs_direct import DirectReader
+from .gcs_direct import READABLE_MAGICS, DirectReader
 from .gcs_errors import AbsentError, call
 from .retry import COMPOSITES, RETRIES, RefusedError
 
 logger = logging.getLogger(__name__)
 
 OBJECTS_PER_COMPOSITE = 32  # the most that GCS composes in one request
-_NPY_MAGIC = b"\x93NUMPY"
-_GZIP_MAGIC = b"\x1f\x8b"
 _CLEANUP_TRIES = 8
 
 
@@ -105,15 +103,16 @@ class ComposeReader:
         return self.direct.read_each(chunk)
 
     def _with_encodings(self, chunk: list[ObjectMeta], bodies: Sequence[bytes]) -> list[bytes | ObjectError]:
-        """Read objects by themselves whose bytes are neither .npy nor gzip: one may be stored with another encoding.
+        """Read those objects again, each by itself, whose bytes are neither .npy nor gzip.
 
-        Their own headers tell it, a composite's do not. A listing tells it too, a manifest does not.
+        Such an object may be stored with another encoding. Its own headers tell the encoding, and so does a listing; a
+        composite's headers and a manifest do not.
         """
         found: list[bytes | ObjectError] = list(bodies)
         odd = [
             position
             for position, (meta, body) in enumerate(zip(chunk, bodies, strict=True))
-            if meta.name.endswith(".npy") and not body.startswith((_NPY_MAGIC, _GZIP_MAGIC))
+            if meta.name.endswith(".npy") and not body.startswith(READABLE_MAGICS)
         ]
         for position, body in zip(odd, self.direct.read_each([chunk[position] for position in odd]), strict=True):
             found[position] = body
@@ -279,7 +278,7 @@ def _check(chunk: Sequence[ObjectMeta], bodies: Sequence[bytes]) -> None:
         if meta.crc32c is not None:
             if google_crc32c.value(body) != meta.crc32c:
                 raise _DoubtError(f"the checksum of {meta.name} does not match its listing")
-        elif meta.name.endswith(".npy") and not body.startswith((_NPY_MAGIC, _GZIP_MAGIC)):
+        elif meta.name.endswith(".npy") and not body.startswith(READABLE_MAGICS):
             raise _DoubtError(f"{meta.name} does not begin as an .npy file does")
 
 

@@ -11,6 +11,7 @@ import google.api_core.exceptions
 import google_crc32c
 from google.cloud import storage
 
+from .. import gunzip
 from ..errors import (
     ObjectError,
     ObjectNotFoundError,
@@ -43,7 +44,8 @@ IN_FLIGHT = 32
 # size, the checksum and ranges are of the stored bytes. https://cloud.google.com/storage/docs/transcoding
 AS_STORED = "Accept-Encoding: gzip"
 
-_MAGICS = (b"\x93NUMPY", b"\x1f\x8b")  # .npy and gzip: bytes that need no header to be understood
+READABLE_MAGICS = (b"\x93NUMPY", gunzip.MAGIC)
+"""First bytes of .npy and gzip. Objects that begin with other bytes may have an encoding that is not read."""
 
 
 class Ask(NamedTuple):
@@ -315,7 +317,7 @@ class DirectReader:
         if outcome.status not in (200, 206):
             raise RefusalError(outcome)
         encoding = meta.content_encoding
-        if not outcome.body.startswith(_MAGICS):  # looking into the headers of every answer costs a tenth of a GET
+        if not outcome.body.startswith(READABLE_MAGICS):  # parsing the headers of every answer costs a tenth of a GET
             encoding = outcome.content_encoding() or encoding
         if encoding is not None and is_unread(encoding):
             raise unread_encoding(f"gs://{self.bucket}/{self.prefix}{meta.name}", encoding)

@@ -159,8 +159,8 @@ class LocalStore(BaseStore):
     def put(self, name: str, data: bytes, if_generation: int | None = None) -> int:
         """See `Puts.put`: a temporary file beside it takes its place in one step.
 
-        Writes and deletes of one file exclude each other by a lock, those without a condition too: one of them between
-        the check and the write of another would be overwritten unseen.
+        All writes and deletes of one file exclude each other by a lock, also those without a condition. Without the
+        lock, a write between the check and the write of another one would be lost unseen.
 
         Raises:
             ConfigError: the name leads out of the folder, or names a folder.
@@ -188,8 +188,8 @@ class LocalStore(BaseStore):
             if error.errno in FULL:
                 raise no_room_for(path, error) from error
             raise StoreError(
-                f"expected to write {path}, found {error}; check that no part of the path is a file, and the file "
-                "system"
+                f"expected to write {path}, found {error}; check that no part of the path is a file, and that the "
+                "file system is sound"
             ) from error
         finally:
             if temporary is not None:
@@ -236,12 +236,12 @@ def locked(path: str) -> Iterator[None]:
     `flock`). There the check and the write are two steps, and two writers in the same millisecond may both succeed.
     """
     folder, name = os.path.split(path)
-    # Not by the whole name, which may be as long as a name can be; two names in one lock only wait for each other.
+    # A checksum, because a name may have the greatest length already. Two names with one checksum share the lock.
     lock = os.path.join(folder, f"{_TEMPORARY}{zlib.crc32(os.fsencode(name)):08x}.lock")  # noqa: PTH118
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            with contextlib.suppress(PermissionError):  # it is another user's, who let us open it
+            with contextlib.suppress(PermissionError):  # the lock file is another user's, and open to us already
                 os.fchmod(handle, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
@@ -269,7 +269,7 @@ def _is_still(handle: int, path: str) -> bool:
 
 
 def _require(path: str, generation: int | None) -> int:
-    """The file's generation, 0 for no file; raises PreconditionError if that is not the given one."""
+    """Return the file's generation, 0 for no file; raise PreconditionError if another one is required."""
     try:
         found = os.stat(path).st_mtime_ns  # noqa: PTH116
     except FileNotFoundError:

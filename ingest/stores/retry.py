@@ -179,7 +179,7 @@ def with_retries(config: StoreConfig, attempt: Callable[[], T], *, what: str, tr
         if error.kind in _CORRUPT_KINDS:
             raise CorruptObjectError(
                 f"{what}: expected bytes that match the listing, found otherwise in {tried}, at last {error.detail}; "
-                f"write the object again, or quarantine its case"
+                "write the object again"
             ) from error
         if stop.only_refused:
             _GIVEN_UP_S[error.detail] = time.monotonic()

@@ -13,6 +13,7 @@ import pytest
 from ingest.errors import ConfigError, DecodeError
 from ingest.geometry import from_json, resampled_affine
 from ingest.prepare import PrepareConfig, prepare
+from ingest.prepare.placement import count_outside
 from ingest.prepare.resample import (
     grid_places,
     label_at,
@@ -44,7 +45,7 @@ ROLES = (("image", "x"), ("label", "y"))
 
 
 def anatomy() -> tuple[np.ndarray, np.ndarray]:
-    """An image whose bright voxels are its label's: (12, 20, 16), alike in no direction."""
+    """An image whose bright voxels are those of its label, (12, 20, 16), without any symmetry."""
     label = np.zeros((12, 20, 16), np.uint8)
     label[2:6, 3:9, 1:6] = 1
     label[5:7, 8:12, 4:8] = 2
@@ -129,6 +130,13 @@ def test_a_label_partly_outside_its_image_is_refused_with_the_count_and_passes_o
     np.testing.assert_array_equal(y, label[3:])
 
 
+@pytest.mark.parametrize(("place", "outside"), [(-1.0, 1), (-0.9, 0), (2.9, 0), (3.0, 1)])
+def test_a_labelled_voxel_is_outside_where_it_touches_no_voxel_of_the_image(place, outside) -> None:
+    affine = np.eye(4)
+    affine[0, 3] = place
+    assert count_outside(np.ones((1, 1, 1), np.uint8), affine, np.eye(4), (3, 1, 1)) == outside
+
+
 def test_a_label_of_half_the_spacing_comes_onto_its_image_without_a_shift(tmp_path) -> None:
     # Each image voxel's middle is the corner of eight label voxels: rounding to the nearest would shift the label.
     image, label = anatomy()
@@ -192,12 +200,12 @@ def test_an_affine_that_cannot_be_inverted_is_refused_by_name(tmp_path) -> None:
 SHAPE = (60, 64, 56)
 STEPS = [2 / 3, 0.8, 0.9, 1.1, 1.25, 4 / 3, 1.5, 2.0]
 PLACES = np.random.default_rng(0).uniform(0.45, 0.55, (8, 3))
-"""Where blobs lie, as shares of each axis. The middle of one voxelised blob is known to about a tenth of a voxel, since
-its surface is rounded to voxels. A shift is what is left in the mean over several."""
+"""Middles of blobs, as shares of each axis. The middle of one blob is known to a tenth of a voxel only, because its
+surface is rounded to voxels. The mean over several blobs shows a shift."""
 
 
 def blob(at: np.ndarray, axes: tuple[np.ndarray, ...]) -> np.ndarray:
-    """A smooth blob between 0 and 1, at these voxels of `SHAPE`; its label is where it is above one half."""
+    """A smooth blob between 0 and 1, at these voxels of `SHAPE`. Its label is 1 where the blob is above one half."""
     parts = zip(np.ix_(*axes), at, SHAPE, strict=True)
     distance = sum(((axis - share * n) / (0.3 * n)) ** 2 for axis, share, n in parts)
     return np.exp(-np.log(2) * distance).astype(np.float32)
