@@ -21,7 +21,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not crash'
 
-# Kills trainers, data workers and nodes, and starts whole runs again: about eight minutes on 2 cores; not in CI.
+# Kills trainers, data workers and nodes, and starts whole runs again: about half an hour on 2 cores; not in CI.
 test-crash: $(STAMP)
 	$(BIN)/python -m pytest -m crash
 

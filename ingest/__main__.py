@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"expected one of {', '.join(COMMANDS)}, found {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[name][1](rest, Console(soft_wrap=True))
+        return COMMANDS[name][1](rest, Console(markup=False, soft_wrap=True))
     except IngestError as error:
         # Settings of a data set stand under `data` in training, and at the top here.
         print(f"error: {str(error).replace('--data.', '--')}", file=sys.stderr)

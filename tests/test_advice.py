@@ -64,3 +64,12 @@ def test_every_option_that_a_message_names_is_an_option_of_a_command(folder, opt
     assert len(named) > 30
     unknown = [(place, option) for place, option in named if option not in options | OF_OTHERS]
     assert unknown == []
+
+
+def test_what_commands_print_keeps_names_in_brackets():
+    """Rich takes `[ct]` for markup and drops it, where a console is not told otherwise."""
+    consoles = re.compile(r"(?<![.\w])Console\(([^()]*)\)")
+    files = [file for folder in ("ingest", "train") for file in sorted((ROOT / folder).rglob("*.py"))]
+    made = [(file.name, given) for file in files for given in consoles.findall(file.read_text())]
+    assert len(made) > 5
+    assert [each for each in made if "markup=False" not in each[1] and "stderr=True" not in each[1]] == []

@@ -40,7 +40,7 @@ def chosen_recipe(arguments: list[str]) -> tuple[Recipe, str]:
 def run_recipe(arguments: list[str]) -> int:
     """`python -m train run RECIPE [overrides]`, or `run --config FILE [--name NAME] [overrides]`."""
     recipe, name = chosen_recipe(arguments)
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, soft_wrap=True)
     from .best import reached
     from .launch import run  # Ray and torch load here, so that --help answers at once
 
@@ -92,7 +92,7 @@ def audit_run(arguments: list[str]) -> int:
 
     config = tyro.cli(AuditConfig, prog="python -m train audit", args=arguments)
     found = audit(config.run_dir, config.ledger)
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, soft_wrap=True)
     console.print(audit_table(found))
     for problem in found.problems:
         console.print(f"problem: {problem}")

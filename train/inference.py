@@ -198,7 +198,7 @@ def _four(scores: Scores) -> str:
 def evaluate_command(arguments: list[str]) -> int:
     """`python -m train evaluate --checkpoint … --images … --labels …`."""
     config = tyro.cli(EvaluateConfig, prog="python -m train evaluate", args=arguments)
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, soft_wrap=True)
     scores = evaluate(config, console)
     console.print(scores_table(scores))
     # All digits: the number can be held against mean_dice in metrics.json.
@@ -212,7 +212,7 @@ def evaluate_command(arguments: list[str]) -> int:
 def predict_command(arguments: list[str]) -> int:
     """`python -m train predict --checkpoint … --images … --output …`."""
     config = tyro.cli(PredictConfig, prog="python -m train predict", args=arguments)
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, soft_wrap=True)
     written = predict(config, console)
     nifti = sum(name.endswith(".nii.gz") for name in written)
     console.print(f"{len(written) - nifti} label maps in {config.output}, {nifti} of them also as NIfTI")

@@ -55,7 +55,7 @@ def job_status(arguments: list[str]) -> int:
     config = tyro.cli(JobConfig, prog="python -m train status", args=arguments)
     client = connect(config.address)
     job = details_of(client, config.submission_id)
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, soft_wrap=True)
     console.print(f"{config.submission_id}: {job.status.value}")
     if job.start_time:
         console.print(f"started {_clock(job.start_time)}, {'took' if job.end_time else 'running for'} {_took(job)}")
@@ -72,7 +72,7 @@ def job_logs(arguments: list[str]) -> int:
     client = connect(config.address)
     details_of(client, config.submission_id)  # says clearly that there is no such job
     if config.follow:
-        return follow(client, config.submission_id, Console(soft_wrap=True))
+        return follow(client, config.submission_id, Console(markup=False, soft_wrap=True))
     try:
         sys.stdout.write(client.get_job_logs(config.submission_id))
     except RuntimeError as error:
@@ -85,7 +85,7 @@ def job_logs(arguments: list[str]) -> int:
 def stop_job(arguments: list[str]) -> int:
     """`python -m train stop SUBMISSION_ID`."""
     config = tyro.cli(StopConfig, prog="python -m train stop", args=arguments)
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, soft_wrap=True)
     client = connect(config.address)
     before = details_of(client, config.submission_id).status
     if before.is_terminal():
@@ -110,7 +110,7 @@ def list_jobs(arguments: list[str]) -> int:
         raise refused(client.get_address(), error) from error
     except (RuntimeError, OSError) as error:
         raise JobError(f"expected {client.get_address()} to list its jobs, found: {error}") from error
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, soft_wrap=True)
     if not jobs:
         console.print(f"no jobs at {client.get_address()} yet")
         return 0
@@ -124,7 +124,7 @@ def list_jobs(arguments: list[str]) -> int:
             job.submission_id, job.status.value, started, _took(job), kept.get("recipe", "-"), kept.get("run_dir", "-")
         )
     # As wide as it needs where nobody's terminal sets a width, so that a script can read it.
-    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
+    Console(markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
     return 0
 
 

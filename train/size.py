@@ -93,7 +93,7 @@ def size_of(config: SizeConfig, cpu_ms_per_sample: float) -> Size:
 def print_size(arguments: list[str]) -> int:
     """`python -m train size --gpus N --step-s S --batch B`."""
     config = tyro.cli(SizeConfig, prog="python -m train size", args=arguments)
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, soft_wrap=True)
     cost_ms, source = config.cpu_ms_per_sample, "given"
     if cost_ms is None:
         cost_ms, source = measured(config, console), "measured on this machine"

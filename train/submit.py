@@ -70,7 +70,7 @@ def submit_recipe(arguments: list[str]) -> int:
     choices = {name: (about, Submission(recipe=recipe)) for name, (about, recipe) in RECIPES.items()}
     submission = tyro.extras.overridable_config_cli(choices, prog="python -m train submit", args=arguments)
     name = next(argument for argument in arguments if argument in RECIPES)
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, soft_wrap=True)
     client, submission_id = submit(submission, name, console)
     return follow(client, submission_id, console) if submission.follow else 0
 
