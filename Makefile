@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m train run demo
+	$(BIN)/voxflux run demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not crash'

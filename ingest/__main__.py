@@ -1,4 +1,4 @@
-"""`python -m ingest`: prepare, index, inspect, digest and serve data sets."""
+"""The commands of `voxflux` that are about data, from `prepare` to `serve`; also `python -m ingest`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
-from . import commands
-from .clean import CleanConfig, clean
 from .errors import IngestError
-from .prepare import PrepareConfig, prepare
 
 T = TypeVar("T")
 
+# Each command imports its own modules when it is called, so that a list of the commands is printed at once.
+
 
 def _prepare(arguments: list[str], console: Console) -> int:
+    from . import commands
+    from .prepare import PrepareConfig, prepare
+
     config = _parse(PrepareConfig, "prepare", arguments)
     result = prepare(config)
     console.print(
@@ -34,18 +36,26 @@ def _prepare(arguments: list[str], console: Console) -> int:
 
 
 def _index(arguments: list[str], console: Console) -> int:
+    from . import commands
+
     return commands.index(_parse(commands.IndexConfig, "index", arguments), console)
 
 
 def _inspect(arguments: list[str], console: Console) -> int:
+    from . import commands
+
     return commands.inspect(_parse(commands.InspectConfig, "inspect", arguments), console)
 
 
 def _digest(arguments: list[str], console: Console) -> int:
+    from . import commands
+
     return commands.digest(_parse(commands.DigestConfig, "digest", arguments), console)
 
 
 def _serve(arguments: list[str], console: Console) -> int:  # noqa: ARG001  all commands have one signature
+    from . import commands
+
     command: list[str] = []
     if "--" in arguments:
         at = arguments.index("--")
@@ -54,28 +64,37 @@ def _serve(arguments: list[str], console: Console) -> int:  # noqa: ARG001  all 
 
 
 def _clean(arguments: list[str], console: Console) -> int:
+    from .clean import CleanConfig, clean
+
     return clean(_parse(CleanConfig, "clean", arguments), console)
 
 
-COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
-    "prepare": ("make paired .npy cases out of KiTS19 or the MNI152 template", _prepare),
-    "index": ("list and pair a data set once, and save the manifest", _index),
-    "inspect": ("say what a data set holds and how it would be read", _inspect),
-    "digest": ("print the fingerprint of all samples of some epochs", _digest),
-    "clean": ("delete the composites that killed processes left in a bucket", _clean),
-    "serve": ("serve a folder as buckets, on the embedded GCS server", _serve),
+COMMANDS: dict[str, tuple[Callable[[list[str], Console], int], str, str]] = {
+    "prepare": (_prepare, "--source KIND --output URI", "make paired .npy cases out of KiTS19 or the MNI152 template"),
+    "index": (_index, "--images URI --labels URI --output URI", "list and pair a data set once, and save the manifest"),
+    "inspect": (_inspect, "--images URI --labels URI", "say what a data set holds and how it would be read"),
+    "digest": (_digest, "--images URI --labels URI", "print the fingerprint of all samples of some epochs"),
+    "clean": (_clean, "gs://BUCKET", "delete the composites that killed processes left in a bucket"),
+    "serve": (_serve, "--data DIR [-- COMMAND]", "serve a folder as buckets, on the embedded GCS server"),
 }
+"""Name: function that takes the rest of the arguments and returns the exit status, its arguments, what it does."""
 
 
 def _parse(kind: type[T], name: str, arguments: list[str]) -> T:
-    return tyro.cli(kind, prog=f"python -m ingest {name}", args=arguments)
+    return tyro.cli(kind, prog=f"voxflux {name}", args=arguments)
+
+
+def command_lines() -> dict[str, str]:
+    """Return how each command is called, and what it does."""
+    return {f"{name} {arguments}": about for name, (_, arguments, about) in COMMANDS.items()}
 
 
 def usage() -> str:
-    """The commands, a line each."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {about}" for name, (about, _) in COMMANDS.items()]
-    return "\n".join(["usage: python -m ingest COMMAND [OPTIONS], or COMMAND --help", "", *lines])
+    """Return the commands, a line each."""
+    calls = command_lines()
+    width = max(map(len, calls))
+    lines = [f"  {call:<{width}}  {about}" for call, about in calls.items()]
+    return "\n".join(["usage: voxflux COMMAND ..., or COMMAND --help", "", *lines])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"expected one of {', '.join(COMMANDS)}, found {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[name][1](rest, Console(markup=False, soft_wrap=True))
+        return COMMANDS[name][0](rest, Console(markup=False, soft_wrap=True))
     except IngestError as error:
         # Settings of a data set stand under `data` in training, and at the top here.
         print(f"error: {str(error).replace('--data.', '--')}", file=sys.stderr)

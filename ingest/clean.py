@@ -1,4 +1,4 @@
-"""Sweeps the composites that killed processes left: `python -m ingest clean`, and the end of each run."""
+"""Sweeps the composites that killed processes left: `voxflux clean`, and the end of each run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands `python -m ingest index`, `inspect`, `digest` and `serve`."""
+"""The commands `voxflux index`, `inspect`, `digest` and `serve`."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _with_boxes(manifest: Manifest, store: StoreConfig, policy: BadCaseConfig | 
     bad = looked_up.bad
     messages = [str(entry.error) for entry in bad[:SHOWN]]
     named = "\n".join(messages) + (f"\nand {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else "")
-    command = "" if policy else "`python -m ingest index --boxes` and "
+    command = "" if policy else "`voxflux index --boxes` and "
     policy = policy or BadCaseConfig()
     if not all(policy.takes(entry.error) for entry in bad):
         raise BadCasesError(

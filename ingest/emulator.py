@@ -279,7 +279,7 @@ def _free_port() -> int:
 
 
 def serve(data: str | Path | None = None, port: int = 0, command: Sequence[str] = ()) -> int:
-    """Run the server for a command, or until SIGINT or SIGTERM; what `python -m ingest serve` does.
+    """Run the server for a command, or until SIGINT or SIGTERM; what `voxflux serve` does.
 
     To be called in the main thread, whose handlers of these signals it replaces while it runs.
 

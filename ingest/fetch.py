@@ -62,7 +62,7 @@ class FetchConfig:
     slabs: Literal["auto", "never"] = "auto"
     """`auto` reads only the slab that holds the patch where an image is large and the patch is not as deep; `never`
     reads all volumes whole. The samples are the same, and the batches too but in epochs that find a bad case. Shapes
-    and foreground boxes in the manifest (`python -m ingest index --boxes`) spare the reads that would find them."""
+    and foreground boxes in the manifest (`voxflux index --boxes`) spare the reads that would find them."""
 
     slab_image_bytes: int = 8 * 2**20
     """Images smaller than this are read whole: a request more costs as much."""

@@ -1,6 +1,6 @@
 """Where a case's voxels lie in the scanner: kept beside prepared cases, and put into label maps as NIfTI.
 
-A place prepared by `python -m ingest prepare` has `geometry/case_00000.json` beside `images/`: the affine of the
+A place prepared by `voxflux prepare` has `geometry/case_00000.json` beside `images/`: the affine of the
 prepared grid. It takes voxel indices (d, h, w, 1) to millimetres (x, y, z, 1), x to the right, y to the front, z
 upwards, as NIfTI has it.
 """

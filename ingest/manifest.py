@@ -249,7 +249,7 @@ class Manifest:
             if found is None:
                 raise ManifestError(
                     f"{uri}: expected a saved manifest, found no such object; check the URI, or make one with "
-                    "`python -m ingest index`"
+                    "`voxflux index`"
                 )
             data = store.fetch([found])[0]
         except EncodingError as error:

@@ -47,7 +47,7 @@ class DataConfig:
     """URI of the labels; may be the same place."""
 
     manifest: str | None = None
-    """URI of a saved manifest (`python -m ingest index`): the bucket is then not listed."""
+    """URI of a saved manifest (`voxflux index`): the bucket is then not listed."""
 
     seed: int = 0
     """Of the order, the crops and the augmentations; the same seed gives the same samples on any cluster."""

@@ -2,7 +2,7 @@
 
 A slab is the planes of a volume between the patch's first and last D, and of those planes the rows between its first
 and last H: in a C-ordered `.npy` they lie together, plane by plane. Where the patch starts needs the volume's shape,
-and for a foreground crop the boxes of its foreground; both come from the manifest (`python -m ingest index --boxes`),
+and for a foreground crop the boxes of its foreground; both come from the manifest (`voxflux index --boxes`),
 or from the object itself: its first bytes, and once a process the whole label.
 
 What is handed on is the patch as an image and a label of their own. Sampled, they give what the whole volume would

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from .errors import ConfigError
 
-COPY_PATTERN = r"_copy_\d{5}$"  # what `python -m ingest prepare --copies` adds to a case's key
+COPY_PATTERN = r"_copy_\d{5}$"  # what `voxflux prepare --copies` adds to a case's key
 BIDS_PATTERN = r"(?:^|/)(?P<subject>sub-[0-9A-Za-z]+)(?:[_/]|$)"
 BIDS = "BIDS' sub-*"
 SHOWN = 3

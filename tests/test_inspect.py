@@ -229,7 +229,7 @@ def test_boxes_of_bad_cases_are_not_saved_and_the_rest_is_printed(
     make_set(tmp_path, 4)
     ruin(tmp_path, 1, "truncated")
     printed = inspected(tmp_path, capsys, "--boxes", f"{tmp_path}/m.parquet", status=1)
-    assert "with `python -m ingest index --boxes` and --on-bad quarantine" in printed
+    assert "with `voxflux index --boxes` and --on-bad quarantine" in printed
     assert "transport: direct" in printed
     assert not (tmp_path / "m.parquet").exists()
 

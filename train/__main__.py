@@ -1,4 +1,4 @@
-"""`python -m train`: run a recipe, and what goes with it."""
+"""The command `voxflux`: dispatches to the commands of both packages; also `python -m train`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from rich.console import Console
 from rich.logging import RichHandler
 
+import ingest.__main__
 from ingest.errors import IngestError
 
 COMMANDS = {
@@ -42,27 +43,26 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """How to call it, and the recipes."""
+    """Return how to call each command of both packages, and the recipes."""
     from .recipes import RECIPES  # torch and Ray Data load here: commands that ask a cluster need neither
 
-    calls = {f"{name} {arguments}".rstrip(): about for name, (_, arguments, about) in COMMANDS.items()}
-    wide, narrow = max(map(len, calls)), max(map(len, RECIPES))
-    return "\n".join(
-        [
-            "usage: python -m train COMMAND ..., or COMMAND --help (run RECIPE --help)",
-            "",
-            "commands:",
-            *(f"  {call:<{wide}}  {about}" for call, about in calls.items()),
-            "",
-            "recipes:",
-            *(f"  {name:<{narrow}}  {about}" for name, (about, _) in RECIPES.items()),
-        ]
-    )
+    groups = {
+        "data": ingest.__main__.command_lines(),
+        "training": {f"{name} {arguments}".rstrip(): about for name, (_, arguments, about) in COMMANDS.items()},
+        "recipes": {name: about for name, (about, _) in RECIPES.items()},
+    }
+    lines = ["usage: voxflux COMMAND ..., or COMMAND --help (run RECIPE --help)"]
+    for heading, entries in groups.items():
+        width = max(map(len, entries))
+        lines += ["", f"{heading}:", *(f"  {entry:<{width}}  {about}" for entry, about in entries.items())]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 1 for an error it explains, 2 for one in the options."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in ingest.__main__.COMMANDS:
+        return ingest.__main__.main(arguments)
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     command, *rest = arguments
     if command not in COMMANDS:
-        print(f"expected one of the commands {', '.join(COMMANDS)}; found {command!r}\n\n{usage()}", file=sys.stderr)
+        names = ", ".join([*ingest.__main__.COMMANDS, *COMMANDS])
+        print(f"expected one of the commands {names}; found {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
         return int(pkgutil.resolve_name(COMMANDS[command][0])(rest))

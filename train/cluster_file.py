@@ -39,7 +39,7 @@ class ClusterConfig:
     """Machines of four L4 each."""
 
     data_workers: int = 0
-    """Machines of 32 CPUs that only read and transform, at the least; `python -m train size` says how many a job calls
+    """Machines of 32 CPUs that only read and transform, at the least; `voxflux size` says how many a job calls
     for. With one or more, the GPU workers read nothing; with none, they read with the CPUs that the ranks leave."""
 
     most_data_workers: int | None = None
@@ -73,8 +73,8 @@ class ClusterConfig:
 
 
 def print_cluster(arguments: list[str]) -> int:
-    """`python -m train cluster --project PROJECT --zone ZONE > my-cluster.yaml`."""
-    config = tyro.cli(ClusterConfig, prog="python -m train cluster", args=arguments)
+    """`voxflux cluster --project PROJECT --zone ZONE > my-cluster.yaml`."""
+    config = tyro.cli(ClusterConfig, prog="voxflux cluster", args=arguments)
     print(filled(config), end="")
     return 0
 

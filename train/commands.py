@@ -23,9 +23,9 @@ def chosen_recipe(arguments: list[str]) -> tuple[Recipe, str]:
         ConfigError: the file cannot be read, or holds no recipe.
     """
     if not arguments or not arguments[0].startswith("--config"):
-        recipe = tyro.extras.overridable_config_cli(RECIPES, prog="python -m train run", args=arguments)
+        recipe = tyro.extras.overridable_config_cli(RECIPES, prog="voxflux run", args=arguments)
         return recipe, next(argument for argument in arguments if argument in RECIPES)
-    parser = argparse.ArgumentParser(prog="python -m train run", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="voxflux run", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", required=True)
     parser.add_argument("--name", default=None)
     given, overrides = parser.parse_known_args(arguments)
@@ -33,12 +33,12 @@ def chosen_recipe(arguments: list[str]) -> tuple[Recipe, str]:
         text = Path(given.config).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"expected a saved recipe in {given.config}, found none ({error}); check --config") from error
-    recipe = tyro.cli(Recipe, prog="python -m train run", default=from_json(text), args=overrides)
+    recipe = tyro.cli(Recipe, prog="voxflux run", default=from_json(text), args=overrides)
     return recipe, given.name or Path(given.config).stem
 
 
 def run_recipe(arguments: list[str]) -> int:
-    """`python -m train run RECIPE [overrides]`, or `run --config FILE [--name NAME] [overrides]`."""
+    """`voxflux run RECIPE [overrides]`, or `run --config FILE [--name NAME] [overrides]`."""
     recipe, name = chosen_recipe(arguments)
     console = Console(markup=False, soft_wrap=True)
     from .best import reached
@@ -87,10 +87,10 @@ class AuditConfig:
 
 
 def audit_run(arguments: list[str]) -> int:
-    """`python -m train audit RUN_DIR`."""
+    """`voxflux audit RUN_DIR`."""
     from .audit import audit, audit_table
 
-    config = tyro.cli(AuditConfig, prog="python -m train audit", args=arguments)
+    config = tyro.cli(AuditConfig, prog="voxflux audit", args=arguments)
     found = audit(config.run_dir, config.ledger)
     console = Console(markup=False, soft_wrap=True)
     console.print(audit_table(found))

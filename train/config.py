@@ -88,7 +88,7 @@ class TrainerConfig:
     """The folder of a run to go on with, from its last checkpoint; also with another number of ranks."""
 
     ledger: str | None = None
-    """Folder seen by all nodes, or gs:// place, that every rank records its steps in, for `python -m train audit`. A
+    """Folder seen by all nodes, or gs:// place, that every rank records its steps in, for `voxflux audit`. A
     relative folder is taken from where the run is started."""
 
     tensorboard: bool = False

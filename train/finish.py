@@ -83,5 +83,5 @@ def try_page(run_dir: str, console: Console) -> str | None:
     try:
         return write_page(run_dir)
     except Exception as error:  # noqa: BLE001  a run is not lost for its page
-        console.print(f"no page was written: {error}; try `python -m train report {run_dir}`", markup=False)
+        console.print(f"no page was written: {error}; try `voxflux report {run_dir}`", markup=False)
         return None

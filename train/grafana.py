@@ -13,8 +13,8 @@ def dashboard() -> str:
 
 
 def print_dashboard(arguments: list[str]) -> int:
-    """`python -m train grafana > FILE`."""
-    tyro.cli(_no_options, prog="python -m train grafana", args=arguments)
+    """`voxflux grafana > FILE`."""
+    tyro.cli(_no_options, prog="voxflux grafana", args=arguments)
     print(dashboard(), end="")
     return 0
 

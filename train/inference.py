@@ -196,8 +196,8 @@ def _four(scores: Scores) -> str:
 
 
 def evaluate_command(arguments: list[str]) -> int:
-    """`python -m train evaluate --checkpoint … --images … --labels …`."""
-    config = tyro.cli(EvaluateConfig, prog="python -m train evaluate", args=arguments)
+    """`voxflux evaluate --checkpoint … --images … --labels …`."""
+    config = tyro.cli(EvaluateConfig, prog="voxflux evaluate", args=arguments)
     console = Console(markup=False, soft_wrap=True)
     scores = evaluate(config, console)
     console.print(scores_table(scores))
@@ -210,8 +210,8 @@ def evaluate_command(arguments: list[str]) -> int:
 
 
 def predict_command(arguments: list[str]) -> int:
-    """`python -m train predict --checkpoint … --images … --output …`."""
-    config = tyro.cli(PredictConfig, prog="python -m train predict", args=arguments)
+    """`voxflux predict --checkpoint … --images … --output …`."""
+    config = tyro.cli(PredictConfig, prog="voxflux predict", args=arguments)
     console = Console(markup=False, soft_wrap=True)
     written = predict(config, console)
     nifti = sum(name.endswith(".nii.gz") for name in written)

@@ -36,9 +36,7 @@ def details_of(client: JobSubmissionClient, submission_id: str) -> JobDetails:
     except RuntimeError as error:
         if "does not exist" not in str(error):
             raise JobError(f"expected {address} to tell of job {submission_id}, found: {_last_line(error)}") from error
-        raise JobError(
-            f"expected a job {submission_id!r} at {address}, found none; see `python -m train list`"
-        ) from error
+        raise JobError(f"expected a job {submission_id!r} at {address}, found none; see `voxflux list`") from error
     except OSError as error:
         raise JobError(
             f"expected {address} to tell of job {submission_id}, found no connection ({error}); try again"
@@ -75,7 +73,7 @@ def follow(client: JobSubmissionClient, submission_id: str, console: Console) ->
             shown = interrupted.shown
             if asked or not _asks_to_stop(submission_id, console):
                 console.print(
-                    f"\njob {submission_id} goes on; follow it again by `python -m train logs {submission_id} --follow "
+                    f"\njob {submission_id} goes on; follow it again by `voxflux logs {submission_id} --follow "
                     f"--address {client.get_address()}`"
                 )
                 return 130
@@ -134,7 +132,7 @@ def _print_log(client: JobSubmissionClient, submission_id: str, shown: int) -> i
             if lost > LOST_TRIES:
                 raise JobError(
                     f"expected the log of {submission_id} from {client.get_address()}, found none in {lost} tries "
-                    f"({reason}); the job may still run: ask by `python -m train status {submission_id}`"
+                    f"({reason}); the job may still run: ask by `voxflux status {submission_id}`"
                 )
             time.sleep(POLL_S * lost)
         except KeyboardInterrupt:

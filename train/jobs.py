@@ -51,8 +51,8 @@ class StopConfig(JobConfig):
 
 
 def job_status(arguments: list[str]) -> int:
-    """`python -m train status SUBMISSION_ID`."""
-    config = tyro.cli(JobConfig, prog="python -m train status", args=arguments)
+    """`voxflux status SUBMISSION_ID`."""
+    config = tyro.cli(JobConfig, prog="voxflux status", args=arguments)
     client = connect(config.address)
     job = details_of(client, config.submission_id)
     console = Console(markup=False, soft_wrap=True)
@@ -67,8 +67,8 @@ def job_status(arguments: list[str]) -> int:
 
 
 def job_logs(arguments: list[str]) -> int:
-    """`python -m train logs SUBMISSION_ID`."""
-    config = tyro.cli(LogsConfig, prog="python -m train logs", args=arguments)
+    """`voxflux logs SUBMISSION_ID`."""
+    config = tyro.cli(LogsConfig, prog="voxflux logs", args=arguments)
     client = connect(config.address)
     details_of(client, config.submission_id)  # says clearly that there is no such job
     if config.follow:
@@ -83,8 +83,8 @@ def job_logs(arguments: list[str]) -> int:
 
 
 def stop_job(arguments: list[str]) -> int:
-    """`python -m train stop SUBMISSION_ID`."""
-    config = tyro.cli(StopConfig, prog="python -m train stop", args=arguments)
+    """`voxflux stop SUBMISSION_ID`."""
+    config = tyro.cli(StopConfig, prog="voxflux stop", args=arguments)
     console = Console(markup=False, soft_wrap=True)
     client = connect(config.address)
     before = details_of(client, config.submission_id).status
@@ -99,8 +99,8 @@ def stop_job(arguments: list[str]) -> int:
 
 
 def list_jobs(arguments: list[str]) -> int:
-    """`python -m train list`."""
-    config = tyro.cli(ClusterConfig, prog="python -m train list", args=arguments)
+    """`voxflux list`."""
+    config = tyro.cli(ClusterConfig, prog="voxflux list", args=arguments)
     client = connect(config.address)
     from ray.exceptions import AuthenticationError
 

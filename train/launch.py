@@ -318,7 +318,7 @@ def data_of(recipe: Recipe, console: Console) -> Iterator[Recipe]:
     if recipe.demo is None or data.images or data.labels:
         raise ConfigError(
             f"expected two URIs, --data.images and --data.labels, found images {data.images!r} and labels "
-            f"{data.labels!r}; give both, or try `python -m train run demo`, which makes its own data"
+            f"{data.labels!r}; give both, or try `voxflux run demo`, which makes its own data"
         )
     from ingest.emulator import EmbeddedServer
     from ingest.prepare import PrepareConfig, prepare
@@ -391,7 +391,7 @@ def _offered(data: DataConfig, images: str, labels: str) -> Manifest:
         if given and open_store(given).uri != found:
             raise ConfigError(
                 f"expected {role} at {given}, found a manifest of {found}; leave --data.{role} out, or "
-                "make a manifest of these URIs with `python -m ingest index`"
+                "make a manifest of these URIs with `voxflux index`"
             )
     return manifest
 

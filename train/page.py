@@ -200,7 +200,7 @@ class ReportConfig:
 
 
 def report_run(arguments: list[str]) -> int:
-    """`python -m train report RUN_DIR`."""
-    config = tyro.cli(ReportConfig, prog="python -m train report", args=arguments)
+    """`voxflux report RUN_DIR`."""
+    config = tyro.cli(ReportConfig, prog="voxflux report", args=arguments)
     print(write_page(config.run_dir))
     return 0

@@ -91,8 +91,8 @@ def size_of(config: SizeConfig, cpu_ms_per_sample: float) -> Size:
 
 
 def print_size(arguments: list[str]) -> int:
-    """`python -m train size --gpus N --step-s S --batch B`."""
-    config = tyro.cli(SizeConfig, prog="python -m train size", args=arguments)
+    """`voxflux size --gpus N --step-s S --batch B`."""
+    config = tyro.cli(SizeConfig, prog="voxflux size", args=arguments)
     console = Console(markup=False, soft_wrap=True)
     cost_ms, source = config.cpu_ms_per_sample, "given"
     if cost_ms is None:
@@ -107,7 +107,7 @@ def print_size(arguments: list[str]) -> int:
     table.add_row("data workers", str(size.data_workers), f"{CPUS_PER_DATA_WORKER} CPUs each")
     console.print(table)
     console.print(
-        f"python -m train cluster --project … --zone … --gpu-workers {size.gpu_workers} "
+        f"voxflux cluster --project … --zone … --gpu-workers {size.gpu_workers} "
         f"--data-workers {size.data_workers} > my-cluster.yaml"
     )
     return 0

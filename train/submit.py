@@ -66,9 +66,9 @@ class Submission:
 
 
 def submit_recipe(arguments: list[str]) -> int:
-    """`python -m train submit RECIPE [overrides]`."""
+    """`voxflux submit RECIPE [overrides]`."""
     choices = {name: (about, Submission(recipe=recipe)) for name, (about, recipe) in RECIPES.items()}
-    submission = tyro.extras.overridable_config_cli(choices, prog="python -m train submit", args=arguments)
+    submission = tyro.extras.overridable_config_cli(choices, prog="voxflux submit", args=arguments)
     name = next(argument for argument in arguments if argument in RECIPES)
     console = Console(markup=False, soft_wrap=True)
     client, submission_id = submit(submission, name, console)
@@ -188,9 +188,9 @@ def print_next_steps(client: JobSubmissionClient, submission_id: str, run_dir: s
     address = client.get_address()
     console.print(f"submitted {submission_id} to {address}; its run folder on the cluster: {run_dir}")
     steps = {
-        "status": f"python -m train status {submission_id} --address {address}",
-        "log": f"python -m train logs {submission_id} --follow --address {address}",
-        "stop": f"python -m train stop {submission_id} --address {address}",
+        "status": f"voxflux status {submission_id} --address {address}",
+        "log": f"voxflux logs {submission_id} --follow --address {address}",
+        "stop": f"voxflux stop {submission_id} --address {address}",
         "dashboard": f"{address}/#/jobs/{submission_id}",
     }
     for what, how in steps.items():

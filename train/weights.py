@@ -71,7 +71,7 @@ def load_trained(uri: str) -> Trained:
         weights, recipe = state["model"], from_json(state["recipe"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"expected a checkpoint of `python -m train run` in {name}, found something else "
+            f"expected a checkpoint of `voxflux run` in {name}, found something else "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); give another --checkpoint"
         ) from error
     check_weights(weights, recipe, name)

@@ -131,7 +131,7 @@ def sweep_run(bucket_uris: Iterable[str], run_id: str, config: StoreConfig, *, s
         except StoreError as error:
             logger.warning(
                 "expected to sweep the composites of this run in %s, found that it cannot be done (%s); "
-                "`python -m ingest clean %s --older-than 1h --dry-run` tells what is left",
+                "`voxflux clean %s --older-than 1h --dry-run` tells what is left",
                 uri,
                 error,
                 uri,

@@ -336,7 +336,7 @@ def _delete_composite(bucket: str, name: str, config: StoreConfig, tries: int = 
             _LEFTOVERS[bucket, name] = config
         if not known:
             logger.warning(
-                "%s; it is tried again at the end of the process, and `python -m ingest clean gs://%s` removes it too",
+                "%s; it is tried again at the end of the process, and `voxflux clean gs://%s` removes it too",
                 error,
                 bucket,
             )

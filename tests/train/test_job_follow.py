@@ -73,7 +73,7 @@ def test_any_other_answer_at_ctrl_c_leaves_the_job_running(terminal, answer):
     terminal(answer)
     status, said = followed(cluster)
     assert (status, cluster.stops) == (130, 0)
-    assert "job mine goes on; follow it again by `python -m train logs mine --follow --address http://cluster" in said
+    assert "job mine goes on; follow it again by `voxflux logs mine --follow --address http://cluster" in said
 
 
 def test_ctrl_c_without_a_terminal_asks_nothing_and_leaves_the_job_running(monkeypatch):

@@ -110,8 +110,8 @@ def test_it_runs_our_ray_and_data_workers_carry_the_label_that_a_run_looks_for(j
 
 
 def test_its_entrypoint_is_a_run_that_the_gpus_are_enough_for(job: dict[str, Any]) -> None:
-    python, flag, module, command, *rest = shlex.split(job["spec"]["entrypoint"])
-    assert (python, flag, module, command) == ("python", "-m", "train", "run")
+    program, command, *rest = shlex.split(job["spec"]["entrypoint"])
+    assert (program, command) == ("voxflux", "run")
     recipe, name = chosen_recipe(rest)
     assert isinstance(recipe, Recipe)
     assert name == "kits19-small"

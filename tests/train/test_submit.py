@@ -40,7 +40,7 @@ def test_submit_sends_the_job_with_its_metadata_and_says_how_to_go_on(dashboard,
     assert 50_000 < sum(dashboard.uploaded_bytes) < 5 * 2**20
     printed = capsys.readouterr().out
     for step in ("status mine", "logs mine --follow", "stop mine"):
-        assert f"python -m train {step}" in printed
+        assert f"voxflux {step}" in printed
     assert f"{dashboard.url}/#/jobs/mine" in printed
 
 
