@@ -26,6 +26,7 @@ from ingest.stores.base import RangeRequest, is_unread
 from ingest.testing import npy_bytes
 
 from .gcs_place import GCSPlace
+from .needs import COMPOSE
 
 SHAPE = (24, 10, 9)
 
@@ -72,7 +73,7 @@ def shard(bucket: Bucket, manifest: Manifest, **settings: object) -> ShardSpec:
     )
 
 
-@pytest.mark.parametrize("transport", ["direct", "compose"])
+@pytest.mark.parametrize("transport", ["direct", COMPOSE])
 @pytest.mark.parametrize("encoding", ["br", "deflate", "zstd"])
 def test_an_object_with_another_encoding_is_refused_by_name_and_encoding(
     gcs_server: EmbeddedServer, bucket: str, transport: Transport, encoding: str

@@ -23,6 +23,7 @@ from ingest.stores import StoreConfig, open_store
 from ingest.stores.fast_listing import fast_list_objects
 
 from .gcs_place import GCSPlace
+from .needs import needs_dataflux
 
 COUNT = 12_000
 
@@ -73,6 +74,7 @@ def test_12_000_objects_are_listed_completely_both_ways(many: str, monkeypatch: 
     assert all(meta.generation is not None and meta.crc32c is not None for meta in fast)
 
 
+@needs_dataflux
 def test_all_storage_classes_are_listed_and_counted(gcs_server: EmbeddedServer, bucket: str) -> None:
     place = GCSPlace(open_store(f"gs://{bucket}"), gcs_server.url)
     for number in range(30):
@@ -84,7 +86,8 @@ def test_all_storage_classes_are_listed_and_counted(gcs_server: EmbeddedServer, 
     assert found.classes == {"COLDLINE": 10}
 
 
-def test_without_dataflux_split_points_are_found_by_probing(
+@needs_dataflux
+def test_where_dataflux_fails_split_points_are_found_by_probing(
     gcs_server: EmbeddedServer, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = GCSPlace(open_store(f"gs://{bucket}"), gcs_server.url)
@@ -104,6 +107,7 @@ def test_without_dataflux_split_points_are_found_by_probing(
     assert sum("takes over" in record.message for record in caplog.records) == 1
 
 
+@needs_dataflux
 def test_a_listing_over_its_time_is_ended(
     gcs_server: EmbeddedServer, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +117,7 @@ def test_a_listing_over_its_time_is_ended(
             fast_list_objects(bucket=bucket, prefix="", project=None, processes=2, timeout_s=3)
 
 
+@needs_dataflux
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_process_survives_its_parent(
     gcs_server: EmbeddedServer, bucket: str, tmp_path: Path, number: signal.Signals

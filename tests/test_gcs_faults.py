@@ -6,10 +6,8 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 
-import dataflux_core
 import pytest
 
 from ingest.emulator import EmbeddedServer
@@ -20,6 +18,7 @@ from ingest.stores.gcs_compose import compose_refusal, leftovers, sweep_leftover
 from ingest.stores.retry import RETRIES
 
 from .gcs_place import GCSPlace
+from .needs import COMPOSE, needs_dataflux
 
 COUNT = 80
 BODIES = [b"\x93NUMPY" + bytes([number]) * (500 + number) for number in range(COUNT)]
@@ -52,13 +51,7 @@ def no_composite_is_left(place: GCSPlace, proxy: FaultProxy) -> bool:
     return not proxy.composites_alive and len(place.keys()) == COUNT
 
 
-def test_dataflux_comes_from_googles_distribution() -> None:
-    files = metadata.files("gcs-torch-dataflux") or []
-    ours = {Path(file.locate()).resolve() for file in files}
-    assert Path(dataflux_core.__file__).resolve() in ours
-
-
-@pytest.mark.parametrize("transport", ["compose", "direct"])
+@pytest.mark.parametrize("transport", [COMPOSE, "direct"])
 @pytest.mark.parametrize(
     "fault",
     [
@@ -91,6 +84,7 @@ def test_passing_faults_change_no_byte_and_leave_no_composite(
     assert no_composite_is_left(place, proxy)
 
 
+@needs_dataflux
 def test_composing_takes_far_fewer_requests(opened: Open, proxy: FaultProxy) -> None:
     place = opened("compose")
     assert place.store.fetch(list(place.store.list())) == BODIES
@@ -103,6 +97,7 @@ def test_a_direct_read_is_one_request_an_object(opened: Open, proxy: FaultProxy)
     assert proxy.requests == {"list": 1, "read": COUNT}
 
 
+@needs_dataflux
 def test_a_403_on_compose_switches_to_direct_once_and_names_the_permission(
     opened: Open, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -118,6 +113,7 @@ def test_a_403_on_compose_switches_to_direct_once_and_names_the_permission(
     assert no_composite_is_left(place, proxy)
 
 
+@needs_dataflux
 def test_a_403_on_deleting_composites_is_not_repeated_and_leftovers_are_swept(opened: Open, proxy: FaultProxy) -> None:
     place = opened("compose", compose_in_flight=1)
     proxy.faults = [Fault(kind="status", status=403, request="delete")]
@@ -132,6 +128,7 @@ def test_a_403_on_deleting_composites_is_not_repeated_and_leftovers_are_swept(op
     assert no_composite_is_left(place, proxy)
 
 
+@needs_dataflux
 def test_a_composed_read_without_checksums_is_checked_by_its_magic(opened: Open, proxy: FaultProxy) -> None:
     place = opened("compose")
     listed = [ObjectMeta(meta.name, meta.size_bytes) for meta in place.store.list()]
@@ -144,7 +141,7 @@ def test_a_composed_read_without_checksums_is_checked_by_its_magic(opened: Open,
     assert bodies[2:] == BODIES[2:]
 
 
-@pytest.mark.parametrize("transport", ["compose", "direct"])
+@pytest.mark.parametrize("transport", [COMPOSE, "direct"])
 def test_an_object_that_stays_corrupt_is_its_own_error(opened: Open, proxy: FaultProxy, transport: Transport) -> None:
     place = opened(transport, retry_corrupt_tries=3)
     listed = list(place.store.list())
@@ -156,7 +153,7 @@ def test_an_object_that_stays_corrupt_is_its_own_error(opened: Open, proxy: Faul
     assert no_composite_is_left(place, proxy)
 
 
-@pytest.mark.parametrize("transport", ["compose", "direct"])
+@pytest.mark.parametrize("transport", [COMPOSE, "direct"])
 def test_a_server_that_stays_down_ends_in_unreachable(opened: Open, proxy: FaultProxy, transport: Transport) -> None:
     place = opened(transport, retry_deadline_s=0.3)
     listed = list(place.store.list())
@@ -196,10 +193,22 @@ def test_put_survives_a_lost_answer(opened: Open, proxy: FaultProxy) -> None:
     ("make", "fault", "transport", "reason"),
     [
         ([900] * 40, None, "direct", "directly with 32 in flight"),
-        ([900] * 40, Fault(kind="latency", seconds=0.2, object_pattern=r"^\d+$"), "compose", "with 128 in flight"),
+        pytest.param(
+            [900] * 40,
+            Fault(kind="latency", seconds=0.2, object_pattern=r"^\d+$"),
+            "compose",
+            "with 128 in flight",
+            marks=needs_dataflux,
+        ),
         ([1_500_000] * 2, None, "direct", "1.5 MB"),
         ([900], None, "direct", "fewer than two"),
-        ([900, 900], Fault(kind="status", status=403, request="compose"), "direct", "storage.objects.create"),
+        pytest.param(
+            [900, 900],
+            Fault(kind="status", status=403, request="compose"),
+            "direct",
+            "storage.objects.create",
+            marks=needs_dataflux,
+        ),
     ],
     ids=["near", "far", "large", "single", "compose-forbidden"],
 )

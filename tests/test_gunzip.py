@@ -26,6 +26,7 @@ from ingest.stores import StoreConfig, Transport, open_store
 from ingest.stores.base import ObjectMeta
 
 from .gcs_place import GCSPlace
+from .needs import COMPOSE
 
 VOLUME = np.arange(4096, dtype=np.float32).reshape(1, 16, 16, 16)
 
@@ -36,7 +37,7 @@ def npy(array: np.ndarray) -> bytes:  # type: ignore[type-arg]
     return file.getvalue()
 
 
-@pytest.mark.parametrize("transport", ["direct", "compose"])
+@pytest.mark.parametrize("transport", ["direct", COMPOSE])
 def test_objects_with_the_content_encoding_gzip_are_read_as_stored_and_decoded(
     gcs_server: EmbeddedServer, bucket: str, transport: Transport
 ) -> None:

@@ -6,12 +6,13 @@ import re
 import subprocess
 from pathlib import Path
 
-import dataflux_core
 import pytest
 
 import ingest
 import ingest.testing
 import train
+
+from .needs import needs_dataflux
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +22,10 @@ def test_the_generic_names_are_our_packages(package):
     assert Path(package.__file__).is_relative_to(ROOT)
 
 
+@needs_dataflux
 def test_dataflux_is_googles_and_not_the_stranger_of_that_name():
+    import dataflux_core
+
     files = importlib.metadata.distribution("gcs-torch-dataflux").files
     assert Path(dataflux_core.__file__).resolve() in {Path(f.locate()).resolve() for f in files}
 

@@ -49,7 +49,7 @@ def test_passing_faults_change_no_byte_of_a_range(gcs_server, bucket, monkeypatc
     body = bytes(range(256)) * 400
     with FaultProxy(gcs_server.url, seed=3) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-        store = open_store(f"gs://{bucket}", StoreConfig(range_gap_bytes=1, transport="compose", **LAZY))
+        store = open_store(f"gs://{bucket}", StoreConfig(range_gap_bytes=1, transport="auto", **LAZY))
         GCSPlace(store, gcs_server.url).write("a", body)
         (meta,) = store.list()
         asked = [RangeRequest(meta, at, at + 500) for at in range(0, 100_000, 2500)]

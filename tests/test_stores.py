@@ -27,6 +27,7 @@ from ingest.stores.local import LocalStore, locked
 from ingest.testing import LatencyStore, MemoryStore
 
 from .gcs_place import GCSPlace
+from .needs import COMPOSE
 
 FAST = {"retry_first_s": 0.01, "retry_longest_s": 0.1}
 NOBODY = 65534
@@ -201,7 +202,7 @@ def test_a_conditional_write_or_delete_whose_answer_is_lost_counts_once(
         assert sum(proxy.injected.values()) == 2
 
 
-@pytest.mark.parametrize("transport", ["compose", "direct", "auto"])
+@pytest.mark.parametrize("transport", [COMPOSE, "direct", "auto"])
 class TestGCSStore(StoreContract, FlatNamesContract):
     """GCS with each transport, by the contract."""
 
@@ -263,11 +264,12 @@ def test_a_prefix_is_a_folder_and_not_a_beginning(gcs_server: EmbeddedServer, bu
     assert [meta.name for meta in open_store(f"gs://{bucket}/x").list()] == ["1"]
 
 
-def test_a_closed_port_is_said_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("transport", [COMPOSE, "direct"])
+def test_a_closed_port_is_said_within_seconds(monkeypatch: pytest.MonkeyPatch, transport: str) -> None:
     with FaultProxy("http://127.0.0.1:9") as proxy:
         closed_url = proxy.url
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", closed_url)
-    config = StoreConfig(retry_refused_s=0.5, transport="compose", **FAST)
+    config = StoreConfig(retry_refused_s=0.5, transport=transport, **FAST)
     with pytest.raises(UnreachableError, match=closed_url.removeprefix("http://")):
         open_store("gs://some-bucket", config).fetch([ObjectMeta(f"{n}", 9, 1, 1) for n in range(64)])
     with pytest.raises(UnreachableError, match="check that it runs"):

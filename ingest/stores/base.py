@@ -185,8 +185,8 @@ class StoreConfig:
     """How stores talk to their servers. Stores that have no such thing ignore a field."""
 
     transport: Annotated[Transport, tyro.conf.arg(aliases=("--transport",))] = "auto"
-    """GCS: `compose` (Dataflux, many small objects in one GET; needs create and delete permission),
-    `direct` (concurrent GETs), or `auto`: compose where the bucket allows it and a short probe shows it faster."""
+    """GCS: `compose` (Dataflux, many small objects in one GET; needs create and delete permission, and Python 3.12 or
+    older), `direct` (concurrent GETs), or `auto`: compose where the bucket allows it and a probe shows it faster."""
 
     project: str | None = None
     """GCS: the project for client calls; None takes the one of the credentials."""

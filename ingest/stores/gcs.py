@@ -14,11 +14,19 @@ import google.api_core.exceptions
 import google_crc32c
 from google.cloud import storage
 
-from ..errors import ConfigError, ListingError, ObjectNotFoundError, PermissionDeniedError, PlaceNotFoundError
+from ..errors import (
+    ConfigError,
+    ListingError,
+    MissingDependencyError,
+    ObjectNotFoundError,
+    PermissionDeniedError,
+    PlaceNotFoundError,
+)
+from . import dataflux
 from .base import BaseStore, Bodies, ObjectMeta, Pieces, RangeRequest, StoreConfig, precondition_failed
 from .fast_listing import fast_list_objects
 from .gcs_clients import google_blob, google_client, timeouts_s
-from .gcs_compose import ComposeReader, is_composite
+from .gcs_compose import ComposeReader
 from .gcs_direct import DirectReader
 from .gcs_errors import AbsentError, call
 from .gcs_listing import list_ranges, probe_points
@@ -75,6 +83,7 @@ class GCSStore(BaseStore):
 
         Raises:
             ConfigError: the URI names no bucket.
+            MissingDependencyError: the transport is `compose`, and Dataflux is not installed.
         """
         bucket, _, prefix = uri.removeprefix("gs://").partition("/")
         if not uri.startswith("gs://") or not bucket:
@@ -84,6 +93,11 @@ class GCSStore(BaseStore):
         self.prefix = f"{prefix}/" if prefix else ""
         self.uri = f"gs://{bucket}/{self.prefix}"
         self.config = config or StoreConfig()
+        if self.config.transport == "compose" and (reason := dataflux.missing()) is not None:
+            raise MissingDependencyError(
+                f"expected Dataflux for the transport `compose`, found that {reason}; give --data.store.transport auto "
+                "or direct, or run on Python 3.10 to 3.12"
+            )
 
     def __repr__(self) -> str:
         return f"GCSStore({self.uri!r}, transport={self.config.transport!r})"
@@ -172,6 +186,9 @@ class GCSStore(BaseStore):
     def _split_points(self, start: str, wanted: int) -> Sequence[str]:
         """Names that cut those from `start` on into about equal parts: of Dataflux's listing, else by probing."""
         config = self.config
+        if (reason := dataflux.missing()) is not None:
+            logger.info("%s: probing finds the split points of the listing: %s", self.uri, reason)
+            return probe_points(start, self._first_name, wanted=wanted)
         try:
             fast = fast_list_objects(
                 bucket=self.bucket,
@@ -364,4 +381,4 @@ def _crc32c_of(data: bytes) -> str:
 
 
 def _is_no_data(key: str) -> bool:
-    return key.endswith("/") or is_composite(key)
+    return key.endswith("/") or dataflux.is_composite(key)

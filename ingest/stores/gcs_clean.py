@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from ..errors import ConfigError, PlaceNotFoundError, StoreError
 from .base import StoreConfig
+from .dataflux import composite_prefix
 from .gcs import GCSStore
 from .gcs_clients import google_client
-from .gcs_compose import composite_prefix
 from .gcs_errors import AbsentError, call
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ import threading
 from collections.abc import Sequence
 
 import google_crc32c
-from dataflux_core.download import COMPOSED_PREFIX, DataFluxDownloadOptimizationParams, dataflux_download
 
 from ..errors import ObjectError, PermissionDeniedError, StoreError
 from .base import ObjectMeta, StoreConfig
+from .dataflux import COMPOSED_PREFIX, composite_prefix
 from .gcs_clients import google_blob, pool, timeouts_s
 from .gcs_direct import READABLE_MAGICS, DirectReader
 from .gcs_errors import AbsentError, call
@@ -124,6 +124,8 @@ class ComposeReader:
         Raises:
             StoreError: a request failed for good, or too often.
         """
+        from dataflux_core.download import DataFluxDownloadOptimizationParams, dataflux_download
+
         direct = self.direct
         client = _ChunkClient(direct, {direct.prefix + meta.name: meta for meta in chunk})
         try:
@@ -348,13 +350,3 @@ def _delete_composite(bucket: str, name: str, config: StoreConfig, tries: int = 
 
 
 atexit.register(sweep_leftovers)
-
-
-def composite_prefix(run_id: str) -> str:
-    """What the names of a run's composites begin with; those of no run lie directly under Dataflux's own prefix."""
-    return f"{COMPOSED_PREFIX}{run_id}/" if run_id else COMPOSED_PREFIX
-
-
-def is_composite(key: str) -> bool:
-    """Whether a bucket's key is one of Dataflux's composites."""
-    return key.startswith(COMPOSED_PREFIX)

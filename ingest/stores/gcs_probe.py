@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..errors import ObjectError, StoreError
+from . import dataflux
 from .base import ObjectMeta
 from .gcs_compose import OBJECTS_PER_COMPOSITE, ComposeReader
 from .gcs_direct import IN_FLIGHT, DirectReader
@@ -66,6 +67,8 @@ def settle(direct: DirectReader, objects: Sequence[ObjectMeta], facts: Callable[
     if mean_bytes > COMPOSE_BELOW_BYTES:
         reason = f"objects are {mean_bytes / 1e6:.1f} MB in the mean, and composing gains below 1 MB only"
         return Settled("direct", reason, in_flight)
+    if (no_dataflux := dataflux.missing()) is not None:
+        return Settled("direct", no_dataflux, in_flight)
     known = facts()
     if kept := known.keeps_composites():
         return Settled("direct", kept, in_flight)

@@ -22,6 +22,7 @@ from ingest.stores import open_store
 from ingest.testing import make_cases
 from tests.gcs_place import GCSPlace
 from tests.integration.test_data_worker_loss import reading_processes
+from tests.needs import COMPOSE, needs_dataflux
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(250)]
 
@@ -84,7 +85,7 @@ def keys(gcs_server: EmbeddedServer) -> list[str]:
     return GCSPlace(open_store("gs://faults"), gcs_server.url).keys()
 
 
-@pytest.mark.parametrize("transport", ["compose", "direct"])
+@pytest.mark.parametrize("transport", [COMPOSE, "direct"])
 def test_one_fault_in_twenty_of_every_kind_at_once_changes_no_sample(
     many_cases, undisturbed, through, gcs_server, transport
 ):
@@ -97,6 +98,7 @@ def test_one_fault_in_twenty_of_every_kind_at_once_changes_no_sample(
     assert len(keys(gcs_server)) == 2 * CASES
 
 
+@needs_dataflux
 def test_a_worker_killed_between_compose_and_delete_leaves_no_composite_behind_the_run(
     many_cases, undisturbed, through, gcs_server
 ):

@@ -18,6 +18,7 @@ from ingest.quarantine import BadCaseConfig
 from ingest.quarantine_actor import start_quarantine
 from ingest.stores import StoreConfig, open_store
 from ingest.unwrap import own_error
+from tests.needs import COMPOSE
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -56,7 +57,7 @@ def expected(places) -> tuple[str, int]:
     return fingerprint(configure(places.local))
 
 
-@pytest.mark.parametrize("transport", ["compose", "direct"])
+@pytest.mark.parametrize("transport", [COMPOSE, "direct"])
 def test_a_bucket_gives_the_same_samples_as_local_files(places, expected, transport):
     assert expected[1] == 2 * 65
     assert fingerprint(configure(places.gs, transport=transport)) == expected

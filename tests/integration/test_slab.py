@@ -25,6 +25,7 @@ from ingest.quarantine import BadCaseConfig
 from ingest.quarantine_actor import start_quarantine
 from ingest.stores import StoreConfig
 from ingest.unwrap import own_error
+from tests.needs import COMPOSE
 from tests.ruined import AFTER_LISTING, REASONS, make_set, ruin
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -59,7 +60,7 @@ def expected(places) -> tuple[str, int]:
     return fingerprint(configure(places.local, "never"))
 
 
-@pytest.mark.parametrize("transport", ["compose", "direct"])
+@pytest.mark.parametrize("transport", [COMPOSE, "direct"])
 def test_slabs_of_a_bucket_and_of_files_give_the_samples_of_whole_reads(places, expected, transport):
     config = configure(places.gs)
     config = dataclasses.replace(config, store=StoreConfig(transport=transport))

@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks.metrics import MetricsConfig, measured
 from benchmarks.tree import TreeMeter
 from ingest.quarantine import BadCaseConfig
-from ingest.stores import open_store
+from ingest.stores import dataflux, open_store
 from ingest.stores.base import StoreConfig
 from tests.integration.test_train import tiny
 from train.audit import audit
@@ -84,7 +84,9 @@ def watched(places, gcs_server, tmp_path_factory) -> Watched:
             target.put(name, body)
     recipe = tiny(root, folder / "run-watched", tensorboard=True, ledger=str(folder / "ledger"))
     bad = BadCaseConfig(on_bad="quarantine", budget_cases=10)
-    data = dataclasses.replace(recipe.data, bad=bad, store=StoreConfig(transport="compose"))
+    data = dataclasses.replace(
+        recipe.data, bad=bad, store=StoreConfig(transport="direct" if dataflux.missing() else "compose")
+    )
     printed = io.StringIO()
     console = Console(file=printed, width=200, soft_wrap=True)
     scraper = Scraper()
