@@ -1,5 +1,8 @@
-# `make demo` and `make test` set everything up by themselves; nothing but Python 3.10 to 3.12 and make is needed.
-PYTHON ?= python3.11
+# `make demo` and `make test` set everything up by themselves; they need make and one of these Pythons with its venv module.
+PYTHONS := python3.11 python3.12 python3.10 python3.13
+# The first of them that can make a virtual environment; `make PYTHON=... demo` takes another. A name on PATH may be a stub
+# (pyenv's), and Debian packages venv apart from Python, so each is tried.
+PYTHON ?= $(shell for each in $(PYTHONS); do $$each -c 'import ensurepip, venv' 2>/dev/null && { echo $$each; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,7 +14,12 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@test -n "$(PYTHON)" || { \
+	  echo "expected one of $(PYTHONS) with its venv module, found none; install one:" >&2; \
+	  echo "  Debian, Ubuntu: apt install python3-venv    Fedora: dnf install python3.12    macOS: brew install python@3.12" >&2; \
+	  echo "or name a Python 3.10 to 3.13 that is elsewhere: make PYTHON=/path/to/python demo" >&2; \
+	  exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
