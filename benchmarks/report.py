@@ -88,9 +88,17 @@ def meta_of(seed: int, **more: Any) -> dict[str, Any]:
         "seed": seed,
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
         "load_before": os.getloadavg()[0],
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
         **more,
     }
+
+
+def _version(package: str) -> str | None:
+    """Return the installed version; None if the package is not installed, as Dataflux on Python 3.13."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -145,6 +145,7 @@ def test_no_process_survives_its_parent(
         assert wait_until(lambda: not group_of(leader)), group_of(leader)
 
 
+@needs_dataflux
 def test_no_process_survives_a_killed_controller(gcs_server: EmbeddedServer, bucket: str, tmp_path: Path) -> None:
     with FaultProxy(gcs_server.url, [Fault(kind="stall", seconds=60)]) as proxy:
         request = {"bucket": bucket, "prefix": "", "project": None, "processes": 2, "parent": os.getpid()}

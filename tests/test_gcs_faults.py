@@ -192,7 +192,7 @@ def test_put_survives_a_lost_answer(opened: Open, proxy: FaultProxy) -> None:
 @pytest.mark.parametrize(
     ("make", "fault", "transport", "reason"),
     [
-        ([900] * 40, None, "direct", "directly with 32 in flight"),
+        pytest.param([900] * 40, None, "direct", "directly with 32 in flight", marks=needs_dataflux),
         pytest.param(
             [900] * 40,
             Fault(kind="latency", seconds=0.2, object_pattern=r"^\d+$"),
@@ -237,6 +237,7 @@ def test_auto_settles_the_transport_and_says_why(
     assert len(place.keys()) == len(make)
 
 
+@needs_dataflux
 def test_auto_reads_directly_where_versioning_would_keep_composites(gcs_server: EmbeddedServer) -> None:
     from ingest.stores.gcs import GCSStore
 

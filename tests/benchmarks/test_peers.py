@@ -19,6 +19,7 @@ from benchmarks.peers.work import Opened, Work
 from ingest.emulator import EmbeddedServer
 from ingest.stores import open_store
 from ingest.testing import make_cases
+from tests.needs import needs_dataflux
 
 PAIRS, BATCH, PATCH = 40, 16, (8, 8, 8)
 BUCKET = "peers"
@@ -96,8 +97,10 @@ def test_a_limited_epoch_ends_there(local: Work) -> None:
     "opened",
     [
         pytest.param(torch_obstore.opened, id="torch-obstore"),
-        pytest.param(lambda work: reference.opened(work, composed=True), id="reference"),
-        pytest.param(lambda work: reference.opened(work, composed=False), id="reference-readonly"),
+        pytest.param(lambda work: reference.opened(work, composed=True), id="reference", marks=needs_dataflux),
+        pytest.param(
+            lambda work: reference.opened(work, composed=False), id="reference-readonly", marks=needs_dataflux
+        ),
     ],
 )
 def test_a_torch_peer_gives_each_pair_once(
