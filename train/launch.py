@@ -22,6 +22,7 @@ from ingest.clean import sweep_run
 from ingest.cluster import connected_ray, environment
 from ingest.errors import ConfigError, PlaceNotFoundError
 from ingest.execution import execution_options
+from ingest.foreign_names import refuse_foreign_modules
 from ingest.holdout import Split
 from ingest.index import index_cases
 from ingest.listing import list_objects
@@ -92,6 +93,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         KeyboardInterrupt: a second signal came.
     """
     preflight.check_model(recipe)
+    if not ray.is_initialized():
+        refuse_foreign_modules()  # again where Ray starts, but a demo's data is made before that
     with (
         run_folder(recipe, name) as run_dir,
         held(run_dir, lambda words: console.print(words, markup=False)) as lease,
