@@ -38,6 +38,7 @@ from . import preflight
 from .check_folder import check_run_folder
 from .checkpoint import read_position
 from .config import Recipe
+from .derive import derive, derived_line, warm_up_warning, with_cpus
 from .disk_full import disk_full
 from .finish import ending, leave_behind
 from .flag import make_flag
@@ -104,6 +105,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
 
 def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outcome:
     """Run a recipe in a folder that this process holds; see `run`."""
+    given, recipe = recipe, derive(recipe)
     if recipe.trainer.ledger:  # relative to here: a rank's working directory is another one
         ledger = absolute_place(recipe.trainer.ledger)
         recipe = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, ledger=ledger))
@@ -129,7 +131,10 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
         stack.callback(lambda: sweep_run(composed, store.run_id, store))  # after Ray's processes have ended
         stack.enter_context(connected_ray())
         nodes = alive_nodes()
-        recipe = with_readers(recipe, nodes)
+        cpus = sum(node.resources.get("CPU", 0.0) for node in nodes)
+        recipe = with_cpus(with_readers(recipe, nodes), cpus)
+        for line in filter(None, (derived_line(given, recipe, cpus), warm_up_warning(recipe))):
+            console.print(line, markup=False, highlight=False)
         use_gpu = preflight.check_cluster(recipe, nodes)
         before_s = time.perf_counter()
         of_run = f"{run_dir}/{MANIFEST_FILE}" if resumed else None
@@ -254,7 +259,7 @@ def fit(
         scaling_config=ray.train.ScalingConfig(
             num_workers=ranks if recipe.trainer.max_workers is None else (ranks, recipe.trainer.max_workers),  # type: ignore[arg-type]
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": recipe.trainer.cpus_per_worker}
+            resources_per_worker={"CPU": recipe.trainer.rank_cpus}
             | ({"GPU": 1} if use_gpu else {})
             | (recipe.trainer.resources_per_worker or {}),
         ),
@@ -301,7 +306,8 @@ def check_early(recipe: Recipe) -> None:
         # A look at the cluster: the connection of the run itself has to wait for the server's port. `submit` has asked.
         with connected_ray():
             nodes = alive_nodes()
-            preflight.check_cluster(with_readers(recipe, nodes), nodes)
+            cpus = sum(node.resources.get("CPU", 0.0) for node in nodes)
+            preflight.check_cluster(with_cpus(with_readers(recipe, nodes), cpus), nodes)
 
 
 def quarantined_of(data: DataConfig, run_dir: str) -> Indices | None:

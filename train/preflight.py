@@ -24,6 +24,7 @@ from ingest.stores import ObjectMeta, Store, open_store
 from .best import BEST_FOLDER
 from .checkpoint import FOLDER_PREFIX, STATE_FILE
 from .config import Recipe
+from .derive import derive, with_cpus
 from .nodes import Node, check_readers, labelled
 from .unet3d import UNet3D, check_patch
 
@@ -36,17 +37,25 @@ LOOKED_AT = 8  # smallest images that are read at the most, where those before a
 
 def check_model(recipe: Recipe) -> None:
     """The patch and the sliding window against the network."""
+    recipe = derive(recipe)
     check_patch(recipe.model, recipe.data.crop.patch)
-    check_patch(recipe.model, recipe.window.roi)
+    check_patch(recipe.model, recipe.window.shape)
     if recipe.model.in_channels != recipe.data.decode.channels:
         raise ConfigError(
             f"expected a network for {recipe.data.decode.channels} image channels, found one for "
-            f"{recipe.model.in_channels}; set --model.in-channels or --data.decode.channels"
+            f"{recipe.model.in_channels}; leave --model.in-channels out, or set --data.decode.channels"
         )
     if recipe.model.num_classes != recipe.data.decode.num_classes:
         raise ConfigError(
             f"expected a network for {recipe.data.decode.num_classes} classes, found one for "
-            f"{recipe.model.num_classes}; set --model.num-classes or --data.decode.num-classes"
+            f"{recipe.model.num_classes}; leave --model.num-classes out, or set --data.decode.num-classes"
+        )
+    demo, patch = recipe.demo, recipe.data.crop.patch
+    makes_data = demo is not None and not recipe.data.images and not recipe.data.manifest
+    if demo is not None and makes_data and any(have < want for have, want in zip(demo.shape, patch, strict=True)):
+        raise ConfigError(
+            f"expected demo cases that hold a patch of {patch}, found --demo.shape {demo.shape}; give a larger shape, "
+            "or a smaller --data.crop.patch"
         )
 
 
@@ -57,11 +66,12 @@ def check_cpus(recipe: Recipe, cpus: float) -> None:
         recipe: the run.
         cpus: of the whole cluster.
     """
-    trainers = recipe.trainer.num_workers * recipe.trainer.cpus_per_worker
+    recipe = with_cpus(recipe, cpus)
+    trainers = recipe.trainer.num_workers * recipe.trainer.rank_cpus
     left = cpus - trainers
-    if left + 1e-6 < recipe.data.task_cpus:
+    if left + 1e-6 < recipe.data.read_cpus:
         raise ConfigError(
-            f"expected at least {recipe.data.task_cpus:g} CPUs for reading and transforming beside the trainers, "
+            f"expected at least {recipe.data.read_cpus:g} CPUs for reading and transforming beside the trainers, "
             f"found {max(left, 0):g}: the cluster has {cpus:g} and {recipe.trainer.num_workers} trainers take "
             f"{trainers:g}; lower --trainer.cpus-per-worker, --trainer.num-workers or --data.task-cpus, "
             "or add data workers"
@@ -86,7 +96,7 @@ def check_gpus(recipe: Recipe, gpus: float) -> bool:
         fewer = f"--trainer.num-workers {int(gpus)} takes those that are there; " if gpus >= 1 else ""
         raise ConfigError(
             f"expected a GPU for each of {ranks} ranks, found {gpus:g} in the cluster; add GPU nodes, or wait until "
-            f"they have joined; {fewer}--trainer.use-gpu False trains on CPUs; --trainer.check-resources False with "
+            f"they have joined; {fewer}--trainer.use-gpu False trains on CPUs; --trainer.no-check-resources with "
             "--trainer.use-gpu True has the run wait for GPUs"
         )
     return True
@@ -106,7 +116,7 @@ def gpus_unchecked(recipe: Recipe, gpus: float) -> bool:
         return recipe.trainer.use_gpu
     if gpus == 0:
         raise ConfigError(
-            "expected --trainer.use-gpu True or False beside --trainer.check-resources False (submit --no-check), "
+            "expected --trainer.use-gpu True or False beside --trainer.no-check-resources (submit --no-check), "
             "since a cluster that grows on demand may have GPUs later, found neither, and no GPU now; give True to "
             "wait for GPUs, or False to train on CPUs"
         )
@@ -360,10 +370,10 @@ def check_cluster(recipe: Recipe, nodes: Sequence[Node]) -> bool:
 def check_free(recipe: Recipe, nodes: Sequence[Node], use_gpu: bool) -> None:
     """What the run needs must be free, or become so: a run that has just ended frees it within seconds."""
     trainer, selector = recipe.trainer, recipe.data.label_selector or {}
-    need = {"CPU": trainer.num_workers * trainer.cpus_per_worker + recipe.data.task_cpus}
+    need = {"CPU": trainer.num_workers * trainer.rank_cpus + recipe.data.read_cpus}
     if use_gpu:
         need["GPU"] = float(trainer.num_workers)
-    rank = {"CPU": trainer.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {}) | (trainer.resources_per_worker or {})
+    rank = {"CPU": trainer.rank_cpus} | ({"GPU": 1.0} if use_gpu else {}) | (trainer.resources_per_worker or {})
     readers = [node.node_id for node in nodes if node.has(selector)]
     deadline = time.monotonic() + FREE_WITHIN_S
     while True:
@@ -382,14 +392,14 @@ def check_free(recipe: Recipe, nodes: Sequence[Node], use_gpu: bool) -> None:
             short.append((trainer.num_workers, f"places for ranks with {each}", room, ""))
         if selector:
             cpus = sum(by_node.get(node, {}).get("CPU", 0.0) for node in readers)
-            if cpus + 1e-6 < recipe.data.task_cpus:
-                short.append((recipe.data.task_cpus, "CPUs", cpus, f" on nodes labelled {labelled(selector)}"))
+            if cpus + 1e-6 < recipe.data.read_cpus:
+                short.append((recipe.data.read_cpus, "CPUs", cpus, f" on nodes labelled {labelled(selector)}"))
         if not short:
             return
         if time.monotonic() > deadline:
             amount, kind, found, where = short[-1]
             raise ConfigError(
                 f"expected {amount:g} free {kind}{where}, found {found:g}: other jobs hold the rest; wait for them or "
-                "stop them, or give --trainer.check-resources False to have the run wait"
+                "stop them, or give --trainer.no-check-resources to have the run wait"
             )
         time.sleep(0.2)
