@@ -23,7 +23,7 @@ from .decode import DecodeConfig, decode_case
 from .errors import ConfigError, DecodeError
 from .execution import execution_options, made_with
 from .fetch import FetchConfig
-from .holdout import check_ways
+from .holdout import HOLDOUT_FRACTION, check_ways
 from .layout import read_boxes
 from .manifest import Manifest
 from .pairing import PairingConfig
@@ -52,7 +52,7 @@ class DataConfig:
     seed: int = 0
     """Of the order, the crops and the augmentations; the same seed gives the same samples on any cluster."""
 
-    holdout_fraction: float = 0.1
+    holdout_fraction: float = HOLDOUT_FRACTION
     """Share of the subjects that is kept from training, to validate on; copies of a case stay together."""
 
     subject_pattern: str | None = None
