@@ -163,7 +163,7 @@ def predict(config: PredictConfig, console: Console) -> list[str]:
         raise RuntimeError(
             f"expected {len(images)} label maps, one a case, found {len(rows)}; report this with the log"
         )
-    return sorted(name for row in rows for name in row["written"].split(" "))
+    return sorted(name for row in rows for name in row["written"])
 
 
 def scores_table(scores: Scores) -> Table:

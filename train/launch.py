@@ -197,9 +197,13 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             console.print(summary(quarantine.entries(), run_dir))
         ended = stopped.signal_number is None
         pictures, page = leave_behind(job, rows, result, console, ended=ended)
+    return Outcome(run_dir, rows, newest_place(run_dir, result), pictures, stopped.signal_number, page)
+
+
+def newest_place(run_dir: str, result: ray.train.Result) -> str | None:
+    """The newest checkpoint's place, as commands take it: Ray's own path of a place on gs:// has no scheme."""
     newest = result.checkpoint
-    checkpoint = None if newest is None else f"{run_dir}/{PurePosixPath(newest.path).name}"
-    return Outcome(run_dir, rows, checkpoint, pictures, stopped.signal_number, page)
+    return None if newest is None else f"{run_dir}/{PurePosixPath(newest.path).name}"
 
 
 def announce(job: LoopJob, split: Split, console: Console, *, use_gpu: bool, resumed: bool) -> None:
@@ -217,7 +221,8 @@ def announce(job: LoopJob, split: Split, console: Console, *, use_gpu: bool, res
         at = f"epoch {position.epoch + 1}, step {position.step}, {len(position.before.indices)} cases of it done"
         if position.unscored is not None:
             at = f"step {position.step}, epoch {position.epoch} is trained and is finished now"
-        console.print(f"going on from {position.checkpoint or 'the start'}: {at}")
+        place = "the start" if position.checkpoint is None else f"{job.run_dir}/{position.checkpoint}"
+        console.print(f"going on from {place}: {at}")
 
 
 def ask_to_stop(job: LoopJob, console: Console, lost: str | None = None) -> None:

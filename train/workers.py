@@ -156,7 +156,7 @@ class Predictor(Worker):
         self.output, self.names, self.affines = open_store(output, store), names, affines
 
     def __call__(self, raw: pa.Table) -> Iterator[pa.Table]:
-        """Predict one table of `images.IMAGE_SCHEMA`: `case_id`, and `written`, names separated by spaces."""
+        """Predict one table of `images.IMAGE_SCHEMA`: `case_id`, and `written`, a list of names."""
         written = []
         for case_id, name, body in zip(
             raw["case_id"].to_pylist(), raw["image_name"].to_pylist(), views(raw["image_npy"]), strict=True
@@ -168,8 +168,8 @@ class Predictor(Worker):
                 files[f"{case_id}.nii.gz"] = nifti_bytes(label_1DHW[0], affine)
             for file, data in files.items():
                 self.output.put(file, data)
-            written.append(" ".join(files))
-        yield pa.table({"case_id": raw["case_id"], "written": written})
+            written.append(list(files))
+        yield pa.table({"case_id": raw["case_id"], "written": pa.array(written, pa.list_(pa.string()))})
 
     def predict(self, body: memoryview, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The label map (1, D, H, W) uint8 of one image's bytes.
