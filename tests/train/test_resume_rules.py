@@ -84,7 +84,7 @@ def test_a_resumed_run_without_a_recipe_is_refused_before_anything_is_written(tm
     ("setting", "value"),
     [
         *(("optimizer.learning_rate", 0.08), ("optimizer.clip_norm", 1.0), ("optimizer.warmup_epochs", 0)),
-        *(("trainer.epochs", 99), ("trainer.evaluate_every", 3), ("trainer.quality_threshold", 0.9)),
+        *(("trainer.deterministic", True), ("trainer.evaluate_every", 3), ("trainer.quality_threshold", 0.9)),
         *(("trainer.checkpoint_every_steps", 7), ("trainer.num_workers", 3), ("trainer.precision", "fp32")),
         *(("data.blocks_in_flight", 3), ("window.overlap", 0.5), ("data.bad.budget_cases", 9)),
         *(("trainer.batch_size", 2), ("trainer.accumulate", 2), ("data.shards.execution_cases", 1)),
