@@ -24,6 +24,7 @@ from ingest.unwrap import own_error
 
 from .derive import cpu_shares
 from .evaluate import Shape, SlidingWindowConfig, sliding_window_logits
+from .ray_noise import without_actor_warning
 from .unet3d import total_stride
 from .validate import score_rows
 from .weights import Trained
@@ -238,7 +239,8 @@ def infer(
         num_gpus=1 if use_gpu else 0,
     )
     try:
-        return list(answers.iter_rows())
+        with without_actor_warning():
+            return list(answers.iter_rows())
     except Exception as error:
         ours = own_error(error)
         if ours is not None:
