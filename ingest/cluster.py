@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import ray
 import ray.data
 
+from .foreign_names import refuse_foreign_modules
+
 PASSED_ON = ("STORAGE_EMULATOR_HOST",)  # workers of a running cluster do not inherit these from us
 # A worker frees and takes the same buffers for every chunk and block. glibc gives them back to the kernel each time,
 # which zeroes them again page by page; so told, it keeps them, in huge pages where the kernel has these on request.
@@ -37,6 +39,7 @@ def connected_ray() -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
+    refuse_foreign_modules()
     given = _given_to_job()
     wanted = TUNED | {name: os.environ[name] for name in (*PASSED_ON, *TUNED) if name in os.environ}
     passed = {name: value for name, value in wanted.items() if name not in given}

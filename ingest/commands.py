@@ -24,10 +24,12 @@ from .errors import (
     ConfigError,
     CredentialsError,
     DecodeError,
+    ObjectError,
     PlaceNotFoundError,
     StoreError,
     UnreachableError,
 )
+from .holdout import HOLDOUT_FRACTION, split_by_fraction
 from .index import index_cases, look_up_each
 from .intensity import PERCENTILES, Intensities
 from .listing import Listing, describe_unread, list_place
@@ -35,6 +37,7 @@ from .manifest import Manifest, cases_of
 from .pairing import Pairing, PairingConfig, describe_problems, join_by_key
 from .plan import ShardConfig, plan_epochs
 from .quarantine import BadCaseConfig, entry_of, over_budget
+from .set_checks import Wanted, check_foreground, check_smallest
 from .stores.base import ObjectMeta, Store, StoreConfig, open_store
 from .transport import choose_transport, place_facts
 from .unwrap import own_error
@@ -152,6 +155,9 @@ class InspectConfig:
     seed: int = 0
     """Which ones."""
 
+    patch: Shape | None = None
+    """(D, H, W) of a run's patch, in voxels: volumes that do not hold it are faults. None compares nothing."""
+
     picture: str = "inspect.png"
     """File to draw a few image and label overlays to."""
 
@@ -172,12 +178,13 @@ class InspectConfig:
 def inspect(config: InspectConfig, console: Console) -> int:
     """Print the objects of a data set, the faults of a sample of cases, intensities, classes and transport.
 
-    A fault does not end the inspection, unless no case is left or a store cannot be read.
+    The checks of the whole data set are those that a run makes before it starts (`set_checks`). A fault does not end
+    the inspection, unless no case is left or a store cannot be read.
 
     Returns:
         1 if there is a fault: a place cannot be listed, objects are in no case or have an encoding that is not read,
-        a case of the sample is bad, every label is empty, or the picture or the manifest was not written. Else 0;
-        warnings do not count.
+        a case of the sample is bad, every label is empty, a volume does not hold the patch, or the picture or the
+        manifest was not written. Else 0; warnings do not count.
     """
     images, labels = open_store(config.images, config.store), open_store(config.labels, config.store)
     listed = _list_both(images, labels, console)
@@ -190,10 +197,12 @@ def inspect(config: InspectConfig, console: Console) -> int:
     manifest = Manifest.from_cases(pairing.cases, images_uri=images.uri, labels_uri=labels.uri)
     wrong += _inspect_sample(manifest, config, console)
     if config.boxes:
-        wrong += _save_boxes(manifest, config.boxes, config.store, console)
+        manifest, unsaved = _save_boxes(manifest, config, console)
+        wrong += unsaved
+    wrong += _check_as_a_run(manifest, config, console)
     _print_reading(manifest, config, console)
     if wrong:
-        _say(console, f"wrong: {'; '.join(wrong)}")
+        _say(console, f"wrong: {'; '.join(dict.fromkeys(wrong))}")
     return 1 if wrong else 0
 
 
@@ -243,20 +252,62 @@ def _pair(
     return pairing, wrong
 
 
-def _save_boxes(manifest: Manifest, output: str, store: StoreConfig, console: Console) -> list[str]:
-    """Save the manifest with shapes and boxes; return the fault, in a few words, if it cannot be saved."""
+def _save_boxes(manifest: Manifest, config: InspectConfig, console: Console) -> tuple[Manifest, list[str]]:
+    """Save the manifest with shapes and boxes.
+
+    Returns:
+        The manifest with them, or as it was if labels cannot be read; and the faults, in a few words each: it cannot
+        be saved, or no label of it has foreground.
+    """
+    output, store = config.boxes or "", config.store
     try:
         with_boxes = _with_boxes(manifest, store, None, console)
     except BadCasesError as error:
         _say(console, f"wrong: {error}")
-        return ["cases that cannot be read, so that no manifest was saved"]
+        return manifest, ["cases that cannot be read, so that no manifest was saved"]
     try:
         with_boxes.save(output, store)
     except StoreError as error:
         _say(console, f"wrong: {error}")
-        return ["no manifest was saved"]
+        return with_boxes, ["no manifest was saved"]
     _say(console, f"manifest: {output}")
-    return []
+    try:
+        check_foreground(with_boxes, store, config.seed)
+    except ConfigError as error:
+        console.print(f"wrong: a run would refuse this data: {error}")
+        return with_boxes, ["every label is empty"]
+    return with_boxes, []
+
+
+def _check_as_a_run(manifest: Manifest, config: InspectConfig, console: Console) -> list[str]:
+    """Check the data set as a run does before it starts, and say what only a run can check.
+
+    Returns:
+        The faults, in a few words each.
+    """
+    direct = dataclasses.replace(config.store, transport="direct")
+    wrong = []
+    if config.patch is not None:
+        wanted = Wanted(patch=config.patch, decode=config.decode, store=direct, bad=BadCaseConfig())
+        try:
+            check_smallest(manifest, wanted)
+        except (ConfigError, DecodeError, ObjectError) as error:
+            console.print(f"wrong: a run would refuse this data: {error}")
+            wrong.append("a run would refuse its smallest volumes")
+    try:
+        split = split_by_fraction(manifest, config.seed, HOLDOUT_FRACTION)
+    except ConfigError as error:
+        console.print(f"warning: a run would refuse this data: {error}")
+    else:
+        console.print(
+            f"a run that holds out {HOLDOUT_FRACTION:.0%} of the subjects trains on {len(split.train):,} cases and "
+            f"scores {len(split.held_out):,}"
+        )
+    unknown = ["that the cases are enough for a batch of every rank"]
+    if config.patch is None:
+        unknown.insert(0, "that the volumes hold its patch (give --patch D H W)")
+    console.print(f"not checked here, but by a run before it starts: {'; '.join(unknown)}")
+    return wrong
 
 
 def _print_reading(manifest: Manifest, config: InspectConfig, console: Console) -> None:
@@ -350,7 +401,10 @@ def _inspect_sample(manifest: Manifest, config: InspectConfig, console: Console)
     for shape, count in shapes.most_common(5):
         _say(console, f"shape {shape} (C, D, H, W): {count} cases")
     _print_intensities(intensities, console)
-    wrong += classes.report(console, whole=len(chosen) == len(manifest))
+    if shapes:
+        smallest = tuple(min(shape[axis] for shape in shapes) for axis in (1, 2, 3))
+        _say(console, f"a patch of these cases may have up to {smallest} voxels (D, H, W)")
+    wrong += classes.report(console, manifest, config)
     return wrong + _draw(drawn, config.picture, console)
 
 
@@ -384,12 +438,15 @@ class _Classes:
         self._labels += 1
         self._empty += int(counts[0] == label_1DHW.size)
 
-    def report(self, console: Console, *, whole: bool) -> list[str]:
+    def report(self, console: Console, manifest: Manifest, config: InspectConfig) -> list[str]:
         """Print the share of each class, and the number of empty labels.
+
+        If all labels that were added are empty, others are looked at as a run does.
 
         Args:
             console: where to print.
-            whole: whether all labels of the data set were added, and not only those of a sample.
+            manifest: of all cases.
+            config: how labels are read.
 
         Returns:
             The faults, in a few words each.
@@ -409,13 +466,14 @@ class _Classes:
         if self._empty < self._labels:
             _say(console, f"{self._empty} of {self._labels} labels are empty: they have no foreground")
             return []
-        where = "of the data set" if whole else "of the sample"
-        _say(
-            console,
-            f"{'wrong' if whole else 'warning'}: all {self._labels} labels {where} are empty: they have no foreground; "
-            + ("nothing can be learnt from them" if whole else "look at more with --sample"),
-        )
-        return ["every label is empty"] if whole else []
+        try:
+            warning = check_foreground(manifest, dataclasses.replace(config.store, transport="direct"), config.seed)
+        except ConfigError as error:
+            console.print(f"wrong: a run would refuse this data: {error}")
+            return ["every label is empty"]
+        if warning is not None:
+            console.print(f"{warning}; look at more with --sample")
+        return []
 
 
 def _print_intensities(intensities: Intensities, console: Console) -> None:

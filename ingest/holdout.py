@@ -22,6 +22,7 @@ from .stores.base import StoreConfig, open_store
 SHIPPED = {"kits19-mlperf": "kits19-mlperf-cases.txt"}
 """Lists that come with voxflux, by the name that stands for them."""
 
+HOLDOUT_FRACTION = 0.1  # of the subjects, where nothing else is said
 SHOWN = 3
 COMMENT = re.compile(r"(^|\s)#.*")
 

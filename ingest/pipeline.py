@@ -23,7 +23,7 @@ from .decode import DecodeConfig, decode_case
 from .errors import ConfigError, DecodeError
 from .execution import execution_options, made_with
 from .fetch import FetchConfig
-from .holdout import check_ways
+from .holdout import HOLDOUT_FRACTION, check_ways
 from .layout import read_boxes
 from .manifest import Manifest
 from .pairing import PairingConfig
@@ -52,7 +52,7 @@ class DataConfig:
     seed: int = 0
     """Of the order, the crops and the augmentations; the same seed gives the same samples on any cluster."""
 
-    holdout_fraction: float = 0.1
+    holdout_fraction: float = HOLDOUT_FRACTION
     """Share of the subjects that is kept from training, to validate on; copies of a case stay together."""
 
     subject_pattern: str | None = None
@@ -74,8 +74,8 @@ class DataConfig:
     """Read tasks of an execution at once over the whole cluster; None leaves it to Ray Data. The next execution has as
     many of its own once it is begun, while the last steps of one are trained."""
 
-    task_cpus: float = 1.0
-    """CPUs that Ray reserves for one read task."""
+    task_cpus: float | None = None
+    """CPUs that Ray reserves for one read task; None takes one, or less where a run's cluster has too few."""
 
     label_selector: dict[str, str] | None = None
     """Labels of the nodes that read and transform; None takes those labelled ray-subcluster=data where a run finds
@@ -99,11 +99,16 @@ class DataConfig:
         check_ways(self.holdout_cases, self.eval_images, self.eval_labels, self.subject_pattern)
         if self.blocks_in_flight is not None and self.blocks_in_flight < 1:
             raise ConfigError(f"data.blocks_in_flight must be 1 or more; got {self.blocks_in_flight}")
-        if self.task_cpus <= 0:
+        if self.read_cpus <= 0:
             raise ConfigError(f"data.task_cpus must be above 0; got {self.task_cpus}")
         for key, value in (self.label_selector or {}).items():
             if not key or not value or value.startswith(("!", "in(")):
                 raise ConfigError(f"data.label_selector must name labels and plain values; got {key!r}: {value!r}")
+
+    @property
+    def read_cpus(self) -> float:
+        """`task_cpus`, or 1, where no cluster is known."""
+        return 1.0 if self.task_cpus is None else self.task_cpus
 
 
 def training_dataset(
@@ -219,7 +224,7 @@ def training_dataset(
         read = ray.data.read_datasource(
             source,
             override_num_blocks=shards,
-            num_cpus=config.task_cpus,
+            num_cpus=config.read_cpus,
             concurrency=concurrency,
         )
     # batch_size=None and the same resources as the read: what lets Ray fuse the two into one task.
@@ -227,7 +232,7 @@ def training_dataset(
         sample,
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=config.task_cpus,
+        num_cpus=config.read_cpus,
         concurrency=concurrency,
     )
     return samples

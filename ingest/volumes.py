@@ -111,7 +111,7 @@ def case_volumes(
         reads.append(
             Read(shielded_task(functools.partial(read_shard, spec)), stop - start, int(sizes[start:stop].sum()))
         )
-    return _dataset(reads, RAW_SCHEMA, target, config.task_cpus, config.label_selector)
+    return _dataset(reads, RAW_SCHEMA, target, config.read_cpus, config.label_selector)
 
 
 def case_shard(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 from pathlib import Path
 
@@ -11,12 +12,22 @@ import pytest
 from ingest.__main__ import main
 from ingest.case_faults import look_at
 from ingest.commands import _body_of
+from ingest.crop import CropConfig
 from ingest.decode import DecodeConfig
 from ingest.emulator import EmbeddedServer
-from ingest.errors import ObjectNotFoundError, PermissionDeniedError, PlaceNotFoundError
+from ingest.errors import (
+    ConfigError,
+    DecodeError,
+    ObjectNotFoundError,
+    PermissionDeniedError,
+    PlaceNotFoundError,
+)
+from ingest.index import index_cases
 from ingest.intensity import FARTHEST, Intensities
 from ingest.stores import ObjectMeta, open_store
 from ingest.testing import MemoryStore, npy_bytes
+from train import preflight
+from train.recipes import DEMO
 
 from .gcs_place import GCSPlace
 from .ruined import files_of, make_set, ruin
@@ -145,7 +156,7 @@ def test_images_that_look_unnormalised_are_warned_of_whatever_their_type(
 def test_normalised_images_are_not_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], image: np.ndarray
 ) -> None:
-    write_cases(tmp_path, [image.astype(np.float32)])
+    write_cases(tmp_path, [image.astype(np.float32)] * 2)
     assert "warning" not in inspected(tmp_path, capsys, status=0)
 
 
@@ -192,17 +203,71 @@ def test_channels_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "warning: channel 0: " not in printed
 
 
-def test_labels_that_are_all_empty_are_said_and_are_wrong_where_there_are_no_others(
+def test_labels_that_are_all_empty_are_wrong_where_a_run_refuses_them_and_a_warning_where_there_may_be_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = np.zeros((1, *SHAPE), np.uint8)
     write_cases(tmp_path, [voxels(n) for n in range(4)], [empty] * 4)
-    printed = inspected(tmp_path, capsys, "--sample", "2", status=0)
-    assert "warning: all 2 labels of the sample are empty" in printed
-    printed = inspected(tmp_path, capsys, status=1)
-    assert "wrong: all 4 labels of the data set are empty" in printed
+    for options in (["--sample", "2"], []):
+        printed = inspected(tmp_path, capsys, *options, status=1)
+        assert "wrong: a run would refuse this data: expected foreground in at least one label" in printed
+        assert "only background in all 4 labels" in printed
+        assert printed.endswith("wrong: every label is empty")
+    printed = inspected(tmp_path, capsys, "--boxes", f"{tmp_path}/m.parquet", status=1)
+    assert printed.endswith("wrong: every label is empty")
     write_cases(tmp_path, [voxels(0)])
     assert "3 of 4 labels are empty" in inspected(tmp_path, capsys, status=0)
+    write_cases(tmp_path, [voxels(n) for n in range(40)], [empty] * 40)
+    printed = inspected(tmp_path, capsys, status=0)
+    assert "warning: expected foreground in the labels, found only background in the 32 that were looked at" in printed
+    assert "look at more with --sample" in printed
+
+
+def run_refuses(root: Path, patch: tuple[int, int, int]) -> str | None:
+    """What the checks of a run's start say of a data set; None if they take it."""
+    data = dataclasses.replace(DEMO.data, crop=CropConfig(patch=patch))
+    recipe = dataclasses.replace(DEMO, data=data)
+    manifest = index_cases(f"{root}/images", f"{root}/labels").manifest
+    try:
+        preflight.check_foreground(recipe, manifest)
+        preflight.check_smallest(recipe, manifest)
+    except (ConfigError, DecodeError) as error:
+        return str(error)
+    return None
+
+
+def test_a_volume_that_holds_no_patch_is_wrong_for_inspect_in_the_words_of_the_run_that_refuses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cases(tmp_path, [voxels(n) for n in range(4)])
+    for patch in ((12, 12, 12), (12, 13, 14)):
+        inspected(tmp_path, capsys, "--patch", *map(str, patch), status=0)
+        assert run_refuses(tmp_path, patch) is None
+    printed = inspected(tmp_path, capsys, "--patch", "16", "16", "16", status=1)
+    refused = run_refuses(tmp_path, (16, 16, 16))
+    assert refused is not None
+    assert f"wrong: a run would refuse this data: {refused}" in printed
+    assert printed.endswith("wrong: a run would refuse its smallest volumes")
+
+
+def test_inspect_says_which_patch_fits_and_which_checks_only_a_run_can_make(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cases(tmp_path, [voxels(n) for n in range(4)])
+    printed = inspected(tmp_path, capsys, status=0)
+    assert "a patch of these cases may have up to (12, 13, 14) voxels" in printed
+    assert "a run that holds out 10% of the subjects trains on 3 cases and scores 1" in printed
+    assert "not checked here, but by a run before it starts: that the volumes hold its patch (give --patch" in printed
+    printed = inspected(tmp_path, capsys, "--patch", "12", "12", "12", status=0)
+    assert "not checked here, but by a run before it starts: that the cases are enough for a batch" in printed
+
+
+def test_a_single_case_of_which_a_run_can_hold_none_out_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cases(tmp_path, [voxels()])
+    printed = inspected(tmp_path, capsys, status=0)
+    assert "warning: a run would refuse this data: expected subjects to train on, found 1" in printed
 
 
 def test_names_with_brackets_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,12 @@ import sys
 from rich.console import Console
 from rich.logging import RichHandler
 
-import ingest.__main__
-from ingest.errors import IngestError
+from .own_ingest import check_own_ingest
+
+check_own_ingest()  # before the first import of it
+
+import ingest.__main__  # noqa: E402
+from ingest.errors import IngestError  # noqa: E402
 
 COMMANDS = {
     "run": ("train.commands:run_recipe", "RECIPE [--run-dir DIR] [overrides]", "train on this machine or its cluster"),

@@ -22,8 +22,9 @@ class TrainerConfig:
     num_workers: int = 1
     """Training processes (ranks); one a GPU where there are GPUs."""
 
-    cpus_per_worker: float = 1.0
-    """CPUs that Ray reserves for one training process; what is left over reads and transforms."""
+    cpus_per_worker: float | None = None
+    """CPUs that Ray reserves for one training process; what is left over reads and transforms. None takes one, or less
+    where the cluster has too few."""
 
     resources_per_worker: dict[str, float] | None = None
     """What one training process reserves beside its CPUs and its GPU: names and amounts of custom resources, as in Ray
@@ -119,7 +120,7 @@ class TrainerConfig:
         for field in ("evaluate_from", "evaluate_every"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"trainer.{field} must be 0 or more; got {getattr(self, field)}")
-        if self.cpus_per_worker <= 0:
+        if self.rank_cpus <= 0:
             raise ConfigError(f"trainer.cpus_per_worker must be above 0; got {self.cpus_per_worker}")
         if self.quality_threshold is not None and not 0 < self.quality_threshold <= 1:
             raise ConfigError(f"trainer.quality_threshold must be above 0 and at most 1; got {self.quality_threshold}")
@@ -144,6 +145,11 @@ class TrainerConfig:
                 "trainer.mlflow must be a tracking URI: http://HOST:PORT, https://HOST, databricks, or an absolute "
                 f"sqlite:////FOLDER/mlflow.db; got {self.mlflow!r}"
             )
+
+    @property
+    def rank_cpus(self) -> float:
+        """`cpus_per_worker`, or 1, where no cluster is known."""
+        return 1.0 if self.cpus_per_worker is None else self.cpus_per_worker
 
     @property
     def step_batch(self) -> int:

@@ -22,6 +22,7 @@ from ingest.errors import ConfigError
 from .loss import dice_by_class
 
 Shape = tuple[int, int, int]
+MLPERF_ROI: Shape = (128, 128, 128)
 MLPERF_PADDING = -2.2
 """What MLPerf pads with: near the smallest value of a normalised KiTS19 image, which is (-79 - 101) / 76.9 = -2.34."""
 
@@ -30,8 +31,8 @@ MLPERF_PADDING = -2.2
 class SlidingWindowConfig:
     """How a volume of any shape is covered by windows; the defaults are MLPerf's."""
 
-    roi: Shape = (128, 128, 128)
-    """Window shape (D, H, W) in voxels; normally the training patch."""
+    roi: Shape | None = None
+    """Window shape (D, H, W) in voxels; None takes the training patch."""
 
     overlap: float = 0.5
     """Share of a window that the next one along an axis covers again, from 0 up to but not including 1."""
@@ -51,7 +52,7 @@ class SlidingWindowConfig:
     """What a volume is padded with: each channel's own smallest value, or MLPerf's -2.2."""
 
     def __post_init__(self) -> None:
-        if len(self.roi) != 3 or any(length < 1 for length in self.roi):
+        if self.roi is not None and (len(self.roi) != 3 or any(length < 1 for length in self.roi)):
             raise ConfigError(f"roi must be three lengths of 1 or more voxels (D, H, W); got {self.roi}")
         if not 0 <= self.overlap < 1:
             raise ConfigError(f"overlap must be at least 0 and below 1; got {self.overlap}")
@@ -63,6 +64,11 @@ class SlidingWindowConfig:
             raise ConfigError(f"coverage must be all or mlperf; got {self.coverage!r}")
         if self.padding not in ("minimum", "mlperf"):
             raise ConfigError(f"padding must be minimum or mlperf; got {self.padding!r}")
+
+    @property
+    def shape(self) -> Shape:
+        """`roi`, or MLPerf's, where no training patch is known."""
+        return MLPERF_ROI if self.roi is None else self.roi
 
 
 def importance_window(roi: Shape, sigma_scale: float) -> torch.Tensor:
@@ -110,7 +116,7 @@ def scored_region(shape: Sequence[int], config: SlidingWindowConfig) -> tuple[sl
     end. An axis shorter than a step, which MLPerf's data never have, stays whole.
     """
     parts = []
-    for length, roi_length in zip(shape, config.roi, strict=True):
+    for length, roi_length in zip(shape, config.shape, strict=True):
         step = _step(roi_length, config.overlap)
         rest = length % step if config.coverage == "mlperf" and length > step else 0
         cut = rest if rest < step // 2 else 0
@@ -154,7 +160,7 @@ def sliding_window_logits(model: nn.Module, image_CDHW: torch.Tensor, config: Sl
         with torch.inference_mode():
             region = scored_region(image_CDHW.shape[1:], config)
             padded_CDHW, inside = _pad(image_CDHW[:, region[0], region[1], region[2]], config)
-            weight_DHW = importance_window(config.roi, config.sigma_scale).to(image_CDHW.device)
+            weight_DHW = importance_window(config.shape, config.sigma_scale).to(image_CDHW.device)
             total_KDHW: torch.Tensor | None = None
             norm_DHW = weight_DHW.new_zeros(padded_CDHW.shape[1:])
             windows = _windows(padded_CDHW.shape[1:], config)
@@ -212,7 +218,7 @@ def _windows(shape: Sequence[int], config: SlidingWindowConfig) -> list[tuple[sl
     """Every window's place in a volume of (D, H, W)."""
     axes = [
         [slice(start, start + roi) for start in window_starts(length, roi, config.overlap)]
-        for length, roi in zip(shape, config.roi, strict=True)
+        for length, roi in zip(shape, config.shape, strict=True)
     ]
     return list(itertools.product(axes[0], axes[1], axes[2]))
 
@@ -223,7 +229,7 @@ def _pad(image_CDHW: torch.Tensor, config: SlidingWindowConfig) -> tuple[torch.T
     With MLPerf's coverage an axis that is longer grows by whole steps, so that the last window starts at one.
     """
     inside, shape = [], []
-    for length, roi_length in zip(image_CDHW.shape[1:], config.roi, strict=True):
+    for length, roi_length in zip(image_CDHW.shape[1:], config.shape, strict=True):
         wanted = max(length, roi_length)
         if config.coverage == "mlperf":
             wanted += (roi_length - wanted) % _step(roi_length, config.overlap)

@@ -107,10 +107,10 @@ def evaluate(config: EvaluateConfig, console: Console) -> Scores:
         trained.recipe.data,
         store=store,
         bad=BadCaseConfig(),
-        task_cpus=config.workers.read_cpus(trained),
         label_selector=None,  # of the cluster that it was trained on
     )
     with connected_ray():
+        data = dataclasses.replace(data, task_cpus=config.workers.cpus()[1])
         volumes = case_volumes(cases, np.arange(len(cases)), data)
         rows = infer(volumes, Scorer, config.workers, trained, data=data)
     scores = merge(
@@ -148,8 +148,7 @@ def predict(config: PredictConfig, console: Console) -> list[str]:
         f"predicting {len(images)} images of {config.images} with {trained.uri}; affines of {len(affines)} cases known"
     )
     with connected_ray():
-        read_cpus = config.workers.read_cpus(trained)
-        volumes = image_volumes(images, config.images, store, ShardConfig(), read_cpus)
+        volumes = image_volumes(images, config.images, store, ShardConfig(), config.workers.cpus()[1])
         rows = infer(
             volumes,
             Predictor,
@@ -164,7 +163,7 @@ def predict(config: PredictConfig, console: Console) -> list[str]:
         raise RuntimeError(
             f"expected {len(images)} label maps, one a case, found {len(rows)}; report this with the log"
         )
-    return sorted(name for row in rows for name in row["written"].split(" "))
+    return sorted(name for row in rows for name in row["written"])
 
 
 def scores_table(scores: Scores) -> Table:

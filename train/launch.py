@@ -22,6 +22,7 @@ from ingest.clean import sweep_run
 from ingest.cluster import connected_ray, environment
 from ingest.errors import ConfigError, PlaceNotFoundError
 from ingest.execution import execution_options
+from ingest.foreign_names import refuse_foreign_modules
 from ingest.holdout import Split
 from ingest.index import index_cases
 from ingest.listing import list_objects
@@ -37,6 +38,7 @@ from . import preflight
 from .check_folder import check_run_folder
 from .checkpoint import read_position
 from .config import Recipe
+from .derive import derive, derived_line, warm_up_warning, with_cpus
 from .disk_full import disk_full
 from .finish import ending, leave_behind
 from .flag import make_flag
@@ -92,6 +94,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         KeyboardInterrupt: a second signal came.
     """
     preflight.check_model(recipe)
+    if not ray.is_initialized():
+        refuse_foreign_modules()  # again where Ray starts, but a demo's data is made before that
     with (
         run_folder(recipe, name) as run_dir,
         held(run_dir, lambda words: console.print(words, markup=False)) as lease,
@@ -101,6 +105,7 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
 
 def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outcome:
     """Run a recipe in a folder that this process holds; see `run`."""
+    given, recipe = recipe, derive(recipe)
     if recipe.trainer.ledger:  # relative to here: a rank's working directory is another one
         ledger = absolute_place(recipe.trainer.ledger)
         recipe = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, ledger=ledger))
@@ -126,7 +131,10 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
         stack.callback(lambda: sweep_run(composed, store.run_id, store))  # after Ray's processes have ended
         stack.enter_context(connected_ray())
         nodes = alive_nodes()
-        recipe = with_readers(recipe, nodes)
+        cpus = sum(node.resources.get("CPU", 0.0) for node in nodes)
+        recipe = with_cpus(with_readers(recipe, nodes), cpus)
+        for line in filter(None, (derived_line(given, recipe, cpus), warm_up_warning(recipe))):
+            console.print(line, markup=False, highlight=False)
         use_gpu = preflight.check_cluster(recipe, nodes)
         before_s = time.perf_counter()
         of_run = f"{run_dir}/{MANIFEST_FILE}" if resumed else None
@@ -189,9 +197,13 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             console.print(summary(quarantine.entries(), run_dir))
         ended = stopped.signal_number is None
         pictures, page = leave_behind(job, rows, result, console, ended=ended)
+    return Outcome(run_dir, rows, newest_place(run_dir, result), pictures, stopped.signal_number, page)
+
+
+def newest_place(run_dir: str, result: ray.train.Result) -> str | None:
+    """The newest checkpoint's place, as commands take it: Ray's own path of a place on gs:// has no scheme."""
     newest = result.checkpoint
-    checkpoint = None if newest is None else f"{run_dir}/{PurePosixPath(newest.path).name}"
-    return Outcome(run_dir, rows, checkpoint, pictures, stopped.signal_number, page)
+    return None if newest is None else f"{run_dir}/{PurePosixPath(newest.path).name}"
 
 
 def announce(job: LoopJob, split: Split, console: Console, *, use_gpu: bool, resumed: bool) -> None:
@@ -209,7 +221,8 @@ def announce(job: LoopJob, split: Split, console: Console, *, use_gpu: bool, res
         at = f"epoch {position.epoch + 1}, step {position.step}, {len(position.before.indices)} cases of it done"
         if position.unscored is not None:
             at = f"step {position.step}, epoch {position.epoch} is trained and is finished now"
-        console.print(f"going on from {position.checkpoint or 'the start'}: {at}")
+        place = "the start" if position.checkpoint is None else f"{job.run_dir}/{position.checkpoint}"
+        console.print(f"going on from {place}: {at}")
 
 
 def ask_to_stop(job: LoopJob, console: Console, lost: str | None = None) -> None:
@@ -251,7 +264,7 @@ def fit(
         scaling_config=ray.train.ScalingConfig(
             num_workers=ranks if recipe.trainer.max_workers is None else (ranks, recipe.trainer.max_workers),  # type: ignore[arg-type]
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": recipe.trainer.cpus_per_worker}
+            resources_per_worker={"CPU": recipe.trainer.rank_cpus}
             | ({"GPU": 1} if use_gpu else {})
             | (recipe.trainer.resources_per_worker or {}),
         ),
@@ -298,7 +311,8 @@ def check_early(recipe: Recipe) -> None:
         # A look at the cluster: the connection of the run itself has to wait for the server's port. `submit` has asked.
         with connected_ray():
             nodes = alive_nodes()
-            preflight.check_cluster(with_readers(recipe, nodes), nodes)
+            cpus = sum(node.resources.get("CPU", 0.0) for node in nodes)
+            preflight.check_cluster(with_cpus(with_readers(recipe, nodes), cpus), nodes)
 
 
 def quarantined_of(data: DataConfig, run_dir: str) -> Indices | None:

@@ -196,7 +196,7 @@ class RankLoop:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
-            torch.set_num_threads(trainer.torch_threads or max(1, int(trainer.cpus_per_worker)))
+            torch.set_num_threads(trainer.torch_threads or max(1, int(trainer.rank_cpus)))
         if trainer.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
             torch.use_deterministic_algorithms(True)

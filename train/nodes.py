@@ -114,14 +114,14 @@ def check_readers(recipe: Recipe, nodes: Sequence[Node], *, use_gpu: bool) -> No
             f"`ray start --labels {called}`, or leave --data.label-selector out"
         )
     reserved = {"GPU": 1.0} if use_gpu else {}
-    needs = {"CPU": trainer.cpus_per_worker, **reserved, **(trainer.resources_per_worker or {})}
+    needs = {"CPU": trainer.rank_cpus, **reserved, **(trainer.resources_per_worker or {})}
     cpus = sum(node.resources.get("CPU", 0.0) for node in readers)
     shared = sum(node.resources.get("CPU", 0.0) for node in readers if node.holds(needs))
-    taken = min(trainer.num_workers * trainer.cpus_per_worker, shared)
-    if cpus - taken + 1e-6 < recipe.data.task_cpus:
+    taken = min(trainer.num_workers * trainer.rank_cpus, shared)
+    if cpus - taken + 1e-6 < recipe.data.read_cpus:
         where = f"nodes labelled {called}" if selector else "the cluster's nodes"
         raise ConfigError(
-            f"expected at least {recipe.data.task_cpus:g} CPUs for reading and transforming beside the trainers, "
+            f"expected at least {recipe.data.read_cpus:g} CPUs for reading and transforming beside the trainers, "
             f"found {max(cpus - taken, 0):g} on {where}: they have {cpus:g}, of which trainers may take {taken:g}; "
             "add data workers, lower --trainer.cpus-per-worker or --data.task-cpus, or keep trainers elsewhere with "
             "--trainer.resources-per-worker"

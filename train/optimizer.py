@@ -40,8 +40,9 @@ class OptimizerConfig:
     warmup_epochs: float = 200
     """Epochs of linear warm-up; 0 for none. MLPerf's 200 is for 168 samples an epoch."""
 
-    lr_decay_epochs: tuple[int, ...] = ()
-    """Numbers of completed epochs after which the rate is multiplied by `lr_decay_factor`; ascending."""
+    lr_decay_epochs: tuple[float, ...] = ()
+    """Numbers of completed epochs after which the rate is multiplied by `lr_decay_factor`; ascending. Numbers below 1
+    are shares of all epochs: 0.75 of 8 is 6."""
 
     lr_decay_factor: float = 1.0
     """Multiplier at each of `lr_decay_epochs`."""
@@ -65,7 +66,12 @@ class OptimizerConfig:
             raise ConfigError(f"momentum must be at least 0 and below 1; got {self.momentum}")
         if list(self.lr_decay_epochs) != sorted(set(self.lr_decay_epochs)):
             raise ConfigError(f"lr_decay_epochs must ascend without repeats; got {self.lr_decay_epochs}")
-        if self.lr_decay_epochs and self.lr_decay_epochs[0] < max(1, self.warmup_epochs):
+        shares = bool(self.lr_decay_epochs) and all(0 < number < 1 for number in self.lr_decay_epochs)
+        if not shares and any(number < 1 or number != int(number) for number in self.lr_decay_epochs):
+            raise ConfigError(
+                f"lr_decay_epochs must all be whole epochs, or all be shares below 1; got {self.lr_decay_epochs}"
+            )
+        if self.lr_decay_epochs and not shares and self.lr_decay_epochs[0] < max(1, self.warmup_epochs):
             raise ConfigError(
                 f"lr_decay_epochs must come after the warm-up of {self.warmup_epochs:g} epochs; "
                 f"got {self.lr_decay_epochs}"
@@ -74,6 +80,18 @@ class OptimizerConfig:
             raise ConfigError(f"update must be epoch or step; got {self.update!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"clip_norm must be above 0, or None; got {self.clip_norm}")
+
+
+def in_epochs(config: OptimizerConfig, epochs: int) -> OptimizerConfig:
+    """Return the settings with `lr_decay_epochs` in epochs.
+
+    Args:
+        config: the optimiser's settings.
+        epochs: of the whole run. A share of them is rounded; it does not come before the end of the warm-up.
+    """
+    first = max(1, math.ceil(config.warmup_epochs))
+    decays = {int(number) if number >= 1 else max(first, round(number * epochs)) for number in config.lr_decay_epochs}
+    return dataclasses.replace(config, lr_decay_epochs=tuple(sorted(decays)))
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -114,7 +132,12 @@ def learning_rate_at(config: OptimizerConfig, epoch: int, step: int = 0, steps_p
 
     Returns:
         The rate.
+
+    Raises:
+        ConfigError: `lr_decay_epochs` are still shares; see `in_epochs`.
     """
+    if any(number < 1 for number in config.lr_decay_epochs):
+        raise ConfigError(f"expected lr_decay_epochs in epochs, found shares of them: {config.lr_decay_epochs}")
     position = epoch + (1.0 if config.update == "epoch" else min(1.0, (step + 1) / steps_per_epoch))
     if position <= config.warmup_epochs:
         share = position / config.warmup_epochs

@@ -8,45 +8,48 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pyarrow.compute as pc
 import ray
 import torch
 from ray._private.state import available_resources_per_node
 
-from ingest.crop import Shape
-from ingest.decode import LABEL_DTYPE, check_channels, read_array, read_header
-from ingest.errors import ConfigError, DecodeError, ObjectError, QuarantineBudgetError, StaleManifestError
-from ingest.manifest import Manifest, cases_of
+from ingest import set_checks
+from ingest.errors import ConfigError
+from ingest.manifest import Manifest
 from ingest.plan import Indices
-from ingest.stores import ObjectMeta, Store, open_store
 
 from .best import BEST_FOLDER
 from .checkpoint import FOLDER_PREFIX, STATE_FILE
 from .config import Recipe
+from .derive import derive, with_cpus
 from .nodes import Node, check_readers, labelled
 from .unet3d import UNet3D, check_patch
 
 # A checkpoint holds the weights and, for each, up to two moments of the optimiser.
 CHECKPOINT_COPIES = {"sgd": 2, "adamw": 3}
 FREE_WITHIN_S = 5.0
-LABELS_LOOKED_AT = 32  # at the most, where none has foreground
-LOOKED_AT = 8  # smallest images that are read at the most, where those before are to be quarantined
 
 
 def check_model(recipe: Recipe) -> None:
     """The patch and the sliding window against the network."""
+    recipe = derive(recipe)
     check_patch(recipe.model, recipe.data.crop.patch)
-    check_patch(recipe.model, recipe.window.roi)
+    check_patch(recipe.model, recipe.window.shape)
     if recipe.model.in_channels != recipe.data.decode.channels:
         raise ConfigError(
             f"expected a network for {recipe.data.decode.channels} image channels, found one for "
-            f"{recipe.model.in_channels}; set --model.in-channels or --data.decode.channels"
+            f"{recipe.model.in_channels}; leave --model.in-channels out, or set --data.decode.channels"
         )
     if recipe.model.num_classes != recipe.data.decode.num_classes:
         raise ConfigError(
             f"expected a network for {recipe.data.decode.num_classes} classes, found one for "
-            f"{recipe.model.num_classes}; set --model.num-classes or --data.decode.num-classes"
+            f"{recipe.model.num_classes}; leave --model.num-classes out, or set --data.decode.num-classes"
+        )
+    demo, patch = recipe.demo, recipe.data.crop.patch
+    makes_data = demo is not None and not recipe.data.images and not recipe.data.manifest
+    if demo is not None and makes_data and any(have < want for have, want in zip(demo.shape, patch, strict=True)):
+        raise ConfigError(
+            f"expected demo cases that hold a patch of {patch}, found --demo.shape {demo.shape}; give a larger shape, "
+            "or a smaller --data.crop.patch"
         )
 
 
@@ -57,11 +60,12 @@ def check_cpus(recipe: Recipe, cpus: float) -> None:
         recipe: the run.
         cpus: of the whole cluster.
     """
-    trainers = recipe.trainer.num_workers * recipe.trainer.cpus_per_worker
+    recipe = with_cpus(recipe, cpus)
+    trainers = recipe.trainer.num_workers * recipe.trainer.rank_cpus
     left = cpus - trainers
-    if left + 1e-6 < recipe.data.task_cpus:
+    if left + 1e-6 < recipe.data.read_cpus:
         raise ConfigError(
-            f"expected at least {recipe.data.task_cpus:g} CPUs for reading and transforming beside the trainers, "
+            f"expected at least {recipe.data.read_cpus:g} CPUs for reading and transforming beside the trainers, "
             f"found {max(left, 0):g}: the cluster has {cpus:g} and {recipe.trainer.num_workers} trainers take "
             f"{trainers:g}; lower --trainer.cpus-per-worker, --trainer.num-workers or --data.task-cpus, "
             "or add data workers"
@@ -86,7 +90,7 @@ def check_gpus(recipe: Recipe, gpus: float) -> bool:
         fewer = f"--trainer.num-workers {int(gpus)} takes those that are there; " if gpus >= 1 else ""
         raise ConfigError(
             f"expected a GPU for each of {ranks} ranks, found {gpus:g} in the cluster; add GPU nodes, or wait until "
-            f"they have joined; {fewer}--trainer.use-gpu False trains on CPUs; --trainer.check-resources False with "
+            f"they have joined; {fewer}--trainer.use-gpu False trains on CPUs; --trainer.no-check-resources with "
             "--trainer.use-gpu True has the run wait for GPUs"
         )
     return True
@@ -106,7 +110,7 @@ def gpus_unchecked(recipe: Recipe, gpus: float) -> bool:
         return recipe.trainer.use_gpu
     if gpus == 0:
         raise ConfigError(
-            "expected --trainer.use-gpu True or False beside --trainer.check-resources False (submit --no-check), "
+            "expected --trainer.use-gpu True or False beside --trainer.no-check-resources (submit --no-check), "
             "since a cluster that grows on demand may have GPUs later, found neither, and no GPU now; give True to "
             "wait for GPUs, or False to train on CPUs"
         )
@@ -130,175 +134,17 @@ def check_amount(recipe: Recipe, train_cases: int, held_out: int) -> None:
 
 
 def check_foreground(recipe: Recipe, manifest: Manifest, left_out: Indices | None = None) -> str | None:
-    """Refuse a data set whose labels are all empty: predicting nothing would score 1 on it.
-
-    Where the manifest has boxes (`ingest index --boxes`), nothing is read. Else labels are read in a random order, by
-    the run's seed, until one has foreground: of nearly all data sets, one. A label that cannot be read says nothing
-    here: its reading by the run will report it.
-
-    Args:
-        recipe: has the store's settings and the seed.
-        manifest: of all cases.
-        left_out: (q,) int64, indices of the cases that the run leaves out already.
-
-    Returns:
-        A warning where every label that was looked at is empty, and there are more; else None.
-
-    Raises:
-        ConfigError: every label is empty.
-    """
-    table = manifest.table
-    if "boxes" in table.column_names and not table["boxes"].null_count:
-        if len(manifest) and not any(table["boxes"].to_pylist()):
-            raise _all_empty(manifest)
-        return None
-    wanted = np.arange(len(manifest)) if left_out is None else np.setdiff1d(np.arange(len(manifest)), left_out)
-    order = np.random.default_rng(recipe.data.seed).permutation(wanted)[:LABELS_LOOKED_AT]
-    store = open_store(manifest.labels_uri, recipe.data.store)
-    empty = 0
-    for index in order.tolist():
-        label = cases_of(manifest.take(np.asarray([index])))[0].label
-        found = _has_foreground(store, label)
-        if found:
-            return None
-        empty += found is not None
-    if empty and empty == len(manifest):
-        raise _all_empty(manifest)
-    if not empty:
-        return None
-    return (
-        f"warning: expected foreground in the labels, found only background in the {empty} that were looked at, of "
-        f"{len(manifest)} in {manifest.labels_uri}; check the labels' values, and that --data.labels names the right "
-        "place"
-    )
-
-
-def _has_foreground(store: Store, label: ObjectMeta) -> bool | None:
-    body = store.fetch_each([label])[0]
-    if isinstance(body, ObjectError):
-        return None
-    try:
-        return bool(read_array(body, store.uri_of(label.name), np.dtype(LABEL_DTYPE)).any())
-    except DecodeError:
-        return None
-
-
-def _all_empty(manifest: Manifest) -> ConfigError:
-    return ConfigError(
-        f"expected foreground in at least one label, found only background in all {len(manifest)} labels of "
-        f"{manifest.labels_uri}; check the labels' values, and that --data.labels names the right place"
-    )
+    """Refuse a data set whose labels are all empty, or warn; see `ingest.set_checks.check_foreground`."""
+    return set_checks.check_foreground(manifest, recipe.data.store, recipe.data.seed, left_out)
 
 
 def check_smallest(
-    recipe: Recipe,
-    manifest: Manifest,
-    candidates: Indices | None = None,
-    quarantined: Indices | None = None,
+    recipe: Recipe, manifest: Manifest, candidates: Indices | None = None, quarantined: Indices | None = None
 ) -> str | None:
-    """Every volume to train on must hold a patch, or be one that the run may quarantine.
-
-    Where the manifest has shapes, all of them are looked at. Of cases without one, the smallest image by its bytes is
-    read. A case that the policies quarantine is passed over, as its reading will report it, and the next one is looked
-    at, up to LOOKED_AT of them.
-
-    Args:
-        recipe: has the patch, and the policies for bad and stale cases.
-        manifest: of all cases.
-        candidates: (n,) int64, indices to train on; None for all.
-        quarantined: (q,) int64, indices of the cases that the run leaves out already.
-
-    Returns:
-        What is bad and will be quarantined, in words; None where nothing was found.
-
-    Raises:
-        ConfigError: a volume is smaller than the patch, and such cases end the run.
-        ObjectError, DecodeError: an image that was looked at cannot be read, and such cases end the run.
-        QuarantineBudgetError: more cases are bad than the run may leave out.
-    """
-    bad = recipe.data.bad
-    left_out = np.zeros(0, dtype=np.int64) if quarantined is None or not bad.quarantines else quarantined
-    wanted = np.setdiff1d(np.arange(len(manifest)) if candidates is None else candidates, left_out)
-    thin, first, unknown = _known_thin(manifest, wanted, recipe.data.crop.patch)
-    if first is not None and bad.on_bad == "fail":
-        raise _too_small(recipe, first, thin)
-    lines = [] if first is None else [f"{thin} volumes are smaller than the patch, first {first[0]} of {first[1]}"]
-    order = unknown[np.argsort(manifest.table["image_bytes"].to_numpy()[unknown], kind="stable")]
-    for index in order[:LOOKED_AT].tolist():
-        found = _look_at(recipe, manifest, index)
-        if found is None:
-            break
-        thin += 1
-        lines.append(found)
-    if not lines:
-        return None
-    budget = bad.budget(len(manifest))
-    if len(left_out) + thin > budget:
-        raise QuarantineBudgetError(
-            f"expected at most {budget} bad cases, found {len(left_out) + thin}, of which {len(left_out)} are "
-            f"quarantined already: {'; '.join(lines)}; mend these cases, choose a smaller --data.crop.patch, or raise "
-            "--data.budget-cases"
-        )
-    return f"{thin} cases will be quarantined, of a budget of {budget}: {'; '.join(lines)}"
-
-
-def _known_thin(
-    manifest: Manifest, wanted: Indices, patch: Shape
-) -> tuple[int, tuple[str, tuple[int, ...]] | None, Indices]:
-    """How many volumes are too small by the manifest, the first one and its shape, and the cases of unknown shape."""
-    if "depth" not in manifest.table.column_names:
-        return 0, None, wanted
-    # Unknown shapes are 0 here: a known one is above 0 on every axis.
-    columns = [pc.fill_null(manifest.table[name], 0).to_numpy() for name in ("depth", "height", "width")]
-    shapes = np.stack(columns, axis=1)[wanted]
-    unknown = shapes[:, 0] == 0
-    thin = np.flatnonzero(~unknown & (shapes < np.asarray(patch)).any(axis=1))
-    if len(thin) == 0:
-        return 0, None, wanted[unknown]
-    name = manifest.images_uri + manifest.table["image"][int(wanted[thin[0]])].as_py()
-    return len(thin), (name, tuple(shapes[thin[0]].tolist())), wanted[unknown]
-
-
-def _look_at(recipe: Recipe, manifest: Manifest, index: int) -> str | None:
-    """Read one image's header: why its case will be quarantined, or None where it is good.
-
-    Raises:
-        IngestError: it is bad, and the policy is to end the run.
-    """
-    bad, patch = recipe.data.bad, recipe.data.crop.patch
-    image = cases_of(manifest.take(np.asarray([index])))[0].image
-    store = open_store(manifest.images_uri, recipe.data.store)
-    name = store.uri_of(image.name)
-    body = store.fetch_each([image])[0]
-    if isinstance(body, StaleManifestError) and bad.on_stale == "refresh":
-        now = next((found for found in store.list(image.name) if found.name == image.name), None)
-        body = body if now is None else store.fetch_each([now])[0]
-    try:
-        if isinstance(body, ObjectError):
-            raise body
-        header, _ = read_header(body, name)
-        if len(header.shape) == 4:  # before the patch: with channels last, the last of D, H and W would be too small
-            check_channels(header.shape, recipe.data.decode, name)
-    except (ObjectError, DecodeError) as error:
-        if not bad.takes(error):
-            raise
-        return str(error)
-    shape = header.shape[1:]
-    if len(header.shape) != 4 or all(have >= want for have, want in zip(shape, patch, strict=True)):
-        return None  # what else may be wrong is for the reading to say
-    if bad.on_bad == "fail":
-        raise _too_small(recipe, (name, shape))
-    return f"{name} of {shape} is smaller than the patch"
-
-
-def _too_small(recipe: Recipe, first: tuple[str, tuple[int, ...]], count: int | None = None) -> ConfigError:
-    name, shape = first
-    where = f"the smallest, {name}" if count is None else f"the first of {count} that do not, {name}"
-    return ConfigError(
-        f"expected every volume to hold a patch of {recipe.data.crop.patch}, found {shape} in {where}; choose a "
-        "smaller --data.crop.patch, prepare the cases with a larger --shape, or leave them out by --data.on-bad "
-        "quarantine"
-    )
+    """Refuse volumes that hold no patch, or say which go into quarantine; see `ingest.set_checks.check_smallest`."""
+    data = recipe.data
+    wanted = set_checks.Wanted(patch=data.crop.patch, decode=data.decode, store=data.store, bad=data.bad)
+    return set_checks.check_smallest(manifest, wanted, candidates, quarantined)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -360,10 +206,10 @@ def check_cluster(recipe: Recipe, nodes: Sequence[Node]) -> bool:
 def check_free(recipe: Recipe, nodes: Sequence[Node], use_gpu: bool) -> None:
     """What the run needs must be free, or become so: a run that has just ended frees it within seconds."""
     trainer, selector = recipe.trainer, recipe.data.label_selector or {}
-    need = {"CPU": trainer.num_workers * trainer.cpus_per_worker + recipe.data.task_cpus}
+    need = {"CPU": trainer.num_workers * trainer.rank_cpus + recipe.data.read_cpus}
     if use_gpu:
         need["GPU"] = float(trainer.num_workers)
-    rank = {"CPU": trainer.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {}) | (trainer.resources_per_worker or {})
+    rank = {"CPU": trainer.rank_cpus} | ({"GPU": 1.0} if use_gpu else {}) | (trainer.resources_per_worker or {})
     readers = [node.node_id for node in nodes if node.has(selector)]
     deadline = time.monotonic() + FREE_WITHIN_S
     while True:
@@ -382,14 +228,14 @@ def check_free(recipe: Recipe, nodes: Sequence[Node], use_gpu: bool) -> None:
             short.append((trainer.num_workers, f"places for ranks with {each}", room, ""))
         if selector:
             cpus = sum(by_node.get(node, {}).get("CPU", 0.0) for node in readers)
-            if cpus + 1e-6 < recipe.data.task_cpus:
-                short.append((recipe.data.task_cpus, "CPUs", cpus, f" on nodes labelled {labelled(selector)}"))
+            if cpus + 1e-6 < recipe.data.read_cpus:
+                short.append((recipe.data.read_cpus, "CPUs", cpus, f" on nodes labelled {labelled(selector)}"))
         if not short:
             return
         if time.monotonic() > deadline:
             amount, kind, found, where = short[-1]
             raise ConfigError(
                 f"expected {amount:g} free {kind}{where}, found {found:g}: other jobs hold the rest; wait for them or "
-                "stop them, or give --trainer.check-resources False to have the run wait"
+                "stop them, or give --trainer.no-check-resources to have the run wait"
             )
         time.sleep(0.2)

@@ -22,11 +22,10 @@ DEMO = Recipe(
     ),
     model=UNet3DConfig(filters=(8, 16, 32), bottleneck=64, norm="instancenorm"),
     optimizer=OptimizerConfig(
-        name="adamw", learning_rate=3e-3, warmup_epochs=1, lr_decay_epochs=(6,), lr_decay_factor=0.3
+        name="adamw", learning_rate=3e-3, warmup_epochs=1, lr_decay_epochs=(0.75,), lr_decay_factor=0.3
     ),
-    window=SlidingWindowConfig(roi=(32, 32, 32), overlap=0.25),
-    # Half a CPU a trainer leaves one of two for reading and transforming.
-    trainer=TrainerConfig(num_workers=2, cpus_per_worker=0.5, batch_size=4, epochs=8, evaluate_every=2, use_gpu=False),
+    window=SlidingWindowConfig(overlap=0.25),
+    trainer=TrainerConfig(num_workers=2, batch_size=4, epochs=8, evaluate_every=2, use_gpu=False),
     demo=DemoConfig(),
 )
 
@@ -43,12 +42,9 @@ DEMO_QUALITY = Recipe(
     ),
     model=UNet3DConfig(filters=(8, 16, 32, 64), bottleneck=128, norm="instancenorm"),
     optimizer=OptimizerConfig(
-        name="adamw", learning_rate=3e-3, warmup_epochs=1, lr_decay_epochs=(40, 54), lr_decay_factor=0.3
+        name="adamw", learning_rate=3e-3, warmup_epochs=1, lr_decay_epochs=(0.667, 0.9), lr_decay_factor=0.3
     ),
-    window=SlidingWindowConfig(roi=(64, 64, 64), overlap=0.5),
-    trainer=TrainerConfig(
-        num_workers=2, cpus_per_worker=0.5, batch_size=2, epochs=60, evaluate_every=10, use_gpu=False
-    ),
+    trainer=TrainerConfig(num_workers=2, batch_size=2, epochs=60, evaluate_every=10, use_gpu=False),
     demo=DemoConfig(cases=60, shape=(108, 108, 108)),
 )
 
@@ -57,7 +53,6 @@ KITS19_SMALL = Recipe(
     data=DataConfig(crop=CropConfig(patch=(32, 32, 32))),
     model=UNet3DConfig(norm="batchnorm"),
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.8, warmup_epochs=20),
-    window=SlidingWindowConfig(roi=(32, 32, 32)),
     trainer=TrainerConfig(num_workers=8, batch_size=32, epochs=100, evaluate_every=10, use_gpu=True),
 )
 
@@ -68,7 +63,6 @@ KITS19_MLPERF = Recipe(
     ),
     model=UNet3DConfig(norm="instancenorm"),
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.8, warmup_epochs=200),
-    window=SlidingWindowConfig(roi=(128, 128, 128)),
     trainer=TrainerConfig(
         num_workers=8,
         batch_size=2,

@@ -14,6 +14,7 @@ from ingest.stores.local import LocalStore
 
 from .checkpoint import read_position
 from .config import Recipe, from_json
+from .derive import derive
 from .holdout import HELD_OUT_FILE
 from .resume_rules import Change, changes_of
 from .run_storage import check_ray_can_have
@@ -62,7 +63,7 @@ def checks_of_run_dir(recipe: Recipe, run_dir: str) -> list[Change] | None:
         return None
     if saved is None:
         raise _no_run(run_dir)
-    return changes_of(saved, recipe, run_dir)
+    return changes_of(derive(saved), derive(recipe), run_dir)
 
 
 def _no_run(run_dir: str) -> ConfigError:

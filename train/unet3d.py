@@ -23,11 +23,11 @@ Norm = Literal["instancenorm", "batchnorm"]
 class UNet3DConfig:
     """The network's size; the defaults are MLPerf's."""
 
-    in_channels: int = 1
-    """Channels of the image."""
+    in_channels: int | None = None
+    """Channels of the image; None takes the data's."""
 
-    num_classes: int = 3
-    """Channels of the logits, background included."""
+    num_classes: int | None = None
+    """Channels of the logits, background included; None takes the data's classes."""
 
     filters: tuple[int, ...] = (32, 64, 128, 256, 320)
     """Channels of each level, full resolution first; every level halves the one before it."""
@@ -39,15 +39,25 @@ class UNet3DConfig:
     """Normalisation after each 3x3x3 convolution, affine in both cases; MLPerf's is `instancenorm`."""
 
     def __post_init__(self) -> None:
-        for field in ("in_channels", "bottleneck"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} must be 1 or more channels; got {getattr(self, field)}")
-        if self.num_classes < 2:
+        for field, channels in (("in_channels", self.channels), ("bottleneck", self.bottleneck)):
+            if channels < 1:
+                raise ConfigError(f"{field} must be 1 or more channels; got {channels}")
+        if self.classes < 2:
             raise ConfigError(f"num_classes must be 2 or more, background included; got {self.num_classes}")
         if not self.filters or any(channels < 1 for channels in self.filters):
             raise ConfigError(f"filters must be one or more counts of channels, each 1 or more; got {self.filters}")
         if self.norm not in ("instancenorm", "batchnorm"):
             raise ConfigError(f"norm must be instancenorm or batchnorm; got {self.norm!r}")
+
+    @property
+    def channels(self) -> int:
+        """`in_channels`, or MLPerf's, where no data is known."""
+        return 1 if self.in_channels is None else self.in_channels
+
+    @property
+    def classes(self) -> int:
+        """`num_classes`, or MLPerf's, where no data is known."""
+        return 3 if self.num_classes is None else self.num_classes
 
 
 def total_stride(config: UNet3DConfig) -> int:
@@ -105,7 +115,7 @@ class UNet3D(nn.Module):
         super().__init__()
         self.config = config
         widths = (*config.filters, config.bottleneck)
-        self.input_block = _convolutions(config.in_channels, widths[0], config.norm, stride=1)
+        self.input_block = _convolutions(config.channels, widths[0], config.norm, stride=1)
         self.downs = nn.ModuleList(
             _convolutions(above, below, config.norm, stride=2) for above, below in itertools.pairwise(widths)
         )
@@ -113,7 +123,7 @@ class UNet3D(nn.Module):
             _Up(below, above, config.norm)
             for below, above in zip(widths[:0:-1], widths[-2::-1], strict=True)  # from the bottleneck upwards
         )
-        self.output = nn.Conv3d(widths[0], config.num_classes, kernel_size=1)
+        self.output = nn.Conv3d(widths[0], config.classes, kernel_size=1)
 
     def forward(self, image_NCDHW: torch.Tensor) -> torch.Tensor:
         """Class scores of every voxel.

@@ -22,7 +22,9 @@ from ingest.pipeline import DataConfig, views
 from ingest.stores import StoreConfig, open_store
 from ingest.unwrap import own_error
 
+from .derive import cpu_shares
 from .evaluate import Shape, SlidingWindowConfig, sliding_window_logits
+from .ray_noise import without_actor_warning
 from .unet3d import total_stride
 from .validate import score_rows
 from .weights import Trained
@@ -35,8 +37,9 @@ class WorkersConfig:
     workers: int = 1
     """Processes that each hold a model; one a GPU where there are GPUs."""
 
-    cpus_per_worker: float = 1.0
-    """CPUs that Ray reserves for each; what is left over reads."""
+    cpus_per_worker: float | None = None
+    """CPUs that Ray reserves for each; what is left over reads. None takes one, or less where the cluster has too
+    few."""
 
     torch_threads: int | None = None
     """Compute threads of each; None takes as many as a rank of the training run had."""
@@ -45,7 +48,7 @@ class WorkersConfig:
     """Whether each takes a GPU; None takes one where the cluster has any, and there must then be enough."""
 
     task_cpus: float | None = None
-    """CPUs that Ray reserves for one read task; None takes those of the training run."""
+    """CPUs that Ray reserves for one read task; None takes one, or less where the cluster has too few."""
 
     roi: Shape | None = None
     """Window (D, H, W) in voxels; None takes the training run's."""
@@ -59,7 +62,7 @@ class WorkersConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers must be 1 or more; got {self.workers}")
-        if self.cpus_per_worker <= 0 or (self.task_cpus is not None and self.task_cpus <= 0):
+        if any(cpus is not None and cpus <= 0 for cpus in (self.cpus_per_worker, self.task_cpus)):
             raise ConfigError(
                 f"cpus_per_worker and task_cpus must be above 0; got {self.cpus_per_worker} and {self.task_cpus}"
             )
@@ -77,22 +80,23 @@ class WorkersConfig:
             trained.recipe.window, **{name: value for name, value in given.items() if value is not None}
         )
         stride = total_stride(trained.recipe.model)
-        if any(length % stride for length in window.roi):
-            wider = " ".join(str(-(-length // stride) * stride) for length in window.roi)
+        if any(length % stride for length in window.shape):
+            wider = " ".join(str(-(-length // stride) * stride) for length in window.shape)
             raise ConfigError(
                 f"expected a window (D, H, W) of multiples of {stride} voxels, as the network of {trained.uri} halves "
-                f"it, found --roi {' '.join(map(str, window.roi))}; give --roi {wider}: volumes are padded up to it"
+                f"it, found --roi {' '.join(map(str, window.shape))}; give --roi {wider}: volumes are padded up to it"
             )
         return window
 
     def threads(self, trained: Trained) -> int:
         """Compute threads of a worker: a rank's own, so that sums round as they did when the run scored."""
         trainer = trained.recipe.trainer
-        return self.torch_threads or trainer.torch_threads or max(1, int(trainer.cpus_per_worker))
+        return self.torch_threads or trainer.torch_threads or max(1, int(trainer.rank_cpus))
 
-    def read_cpus(self, trained: Trained) -> float:
-        """CPUs of a read task."""
-        return self.task_cpus or trained.recipe.data.task_cpus
+    def cpus(self) -> tuple[float, float]:
+        """CPUs of a worker and of a read task, on the cluster that Ray is connected to."""
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return cpu_shares(resources.get("CPU", 0.0), self.workers, self.cpus_per_worker, self.task_cpus)
 
 
 class Worker:
@@ -153,7 +157,7 @@ class Predictor(Worker):
         self.output, self.names, self.affines = open_store(output, store), names, affines
 
     def __call__(self, raw: pa.Table) -> Iterator[pa.Table]:
-        """Predict one table of `images.IMAGE_SCHEMA`: `case_id`, and `written`, names separated by spaces."""
+        """Predict one table of `images.IMAGE_SCHEMA`: `case_id`, and `written`, a list of names."""
         written = []
         for case_id, name, body in zip(
             raw["case_id"].to_pylist(), raw["image_name"].to_pylist(), views(raw["image_npy"]), strict=True
@@ -165,8 +169,8 @@ class Predictor(Worker):
                 files[f"{case_id}.nii.gz"] = nifti_bytes(label_1DHW[0], affine)
             for file, data in files.items():
                 self.output.put(file, data)
-            written.append(" ".join(files))
-        yield pa.table({"case_id": raw["case_id"], "written": written})
+            written.append(list(files))
+        yield pa.table({"case_id": raw["case_id"], "written": pa.array(written, pa.list_(pa.string()))})
 
     def predict(self, body: memoryview, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The label map (1, D, H, W) uint8 of one image's bytes.
@@ -175,7 +179,7 @@ class Predictor(Worker):
             DecodeError: they are no image for this network.
         """
         image_CDHW = read_array(body, name, IMAGE_DTYPE)
-        check_image(image_CDHW, self.trained.recipe.model.in_channels, name)
+        check_image(image_CDHW, self.trained.recipe.model.channels, name)
         image = torch.from_numpy(image_CDHW.copy()).to(self.device)
         logits_KDHW = sliding_window_logits(self.network, image, self.window)
         return logits_KDHW.argmax(dim=0, keepdim=True).to(torch.uint8).cpu().numpy()
@@ -221,7 +225,8 @@ def infer(
         ConfigError: the cluster has no room for the workers.
         IngestError: as it was raised in a worker.
     """
-    use_gpu = check_room(config, config.read_cpus(trained))
+    worker_cpus, task_cpus = config.cpus()
+    use_gpu = check_room(config, worker_cpus, task_cpus)
     arguments = {"use_gpu": use_gpu, **options}
     answers = dataset.map_batches(
         worker,
@@ -230,11 +235,12 @@ def infer(
         batch_size=1,  # of a number, so that Ray does not fuse it with the read: workers infer while tasks read
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=config.workers),
-        num_cpus=config.cpus_per_worker,
+        num_cpus=worker_cpus,
         num_gpus=1 if use_gpu else 0,
     )
     try:
-        return list(answers.iter_rows())
+        with without_actor_warning():
+            return list(answers.iter_rows())
     except Exception as error:
         ours = own_error(error)
         if ours is not None:
@@ -242,7 +248,7 @@ def infer(
         raise
 
 
-def check_room(config: WorkersConfig, task_cpus: float) -> bool:
+def check_room(config: WorkersConfig, worker_cpus: float, task_cpus: float) -> bool:
     """Whether each worker takes a GPU; that there is room for all of them, and for reading, is checked.
 
     Raises:
@@ -250,10 +256,10 @@ def check_room(config: WorkersConfig, task_cpus: float) -> bool:
     """
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    wanted = config.workers * config.cpus_per_worker + task_cpus
+    wanted = config.workers * worker_cpus + task_cpus
     if wanted > cpus + 1e-6:
         raise ConfigError(
-            f"expected {wanted:g} CPUs, {config.cpus_per_worker:g} for each of {config.workers} workers and "
+            f"expected {wanted:g} CPUs, {worker_cpus:g} for each of {config.workers} workers and "
             f"{task_cpus:g} to read with, found {cpus:g} in the cluster; lower --workers, --cpus-per-worker or "
             "--task-cpus"
         )

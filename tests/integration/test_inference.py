@@ -86,13 +86,14 @@ def test_a_second_pair_of_uris_is_scored_whole_kept_by_case_and_ends_the_run_at_
     assert json.loads((run_dir / BEST_FILE).read_text())["mean_dice"] == rows[1]["mean_dice"]
 
 
-def test_evaluate_gives_exactly_the_dice_that_training_reported(trained, tmp_path, capsys):
+def test_evaluate_gives_exactly_the_dice_that_training_reported(trained, tmp_path, capfd):
     run_dir, (_, row) = Path(trained.outcome.run_dir), trained.outcome.rows
     given = ["--images", trained.images, "--labels", trained.labels, "--cases", "held-out"]
     output = tmp_path / "scores.parquet"
     command = ["evaluate", "--checkpoint", str(trained.outcome.checkpoint), *given, "--output", str(output)]
     assert main([*command, "--workers", "2", "--cpus-per-worker", "0.5", "--use-gpu", "False"]) == 0
-    printed = capsys.readouterr().out
+    printed, errors = capfd.readouterr()
+    assert "core_worker.cc" not in errors
     assert f"mean Dice on 42 cases: {row['mean_dice']!r}" in printed
     assert "case_00041" in printed
     assert pq.read_table(output).equals(pq.read_table(run_dir / "scores" / "epoch-00001.parquet"))

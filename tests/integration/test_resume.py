@@ -212,7 +212,7 @@ def test_a_run_goes_on_with_two_then_one_then_three_ranks_and_a_second_signal_en
     assert f"go on with --trainer.resume {run_dir}" in printed
     status, printed = stop_after(start(places, run_dir, ledger, 1, *resume), ledger, 10, signal.SIGTERM)
     assert status == 143, printed
-    assert "going on from checkpoint_" in printed
+    assert f"going on from {run_dir}/checkpoint_" in printed
     third = start(places, run_dir, ledger, 3, *resume)
     wait_for_steps(third, ledger, 10)
     started = descendants(third.pid)

@@ -29,13 +29,15 @@ def with_trainer(**changes) -> Recipe:
 
 
 def test_trainers_that_leave_no_cpu_for_reading_are_refused():
+    one = with_trainer(cpus_per_worker=1.0)
+    given_one = dataclasses.replace(one, data=dataclasses.replace(one.data, task_cpus=1.0))
     with pytest.raises(ConfigError, match=r"expected at least 1 CPUs for reading .* found 0: the cluster has 2 and 2"):
-        preflight.check_cpus(with_trainer(cpus_per_worker=1.0), cpus=2)
+        preflight.check_cpus(given_one, cpus=2)
     preflight.check_cpus(DEMO, cpus=2)
 
 
 def test_a_demo_without_a_spare_cpu_is_refused_before_its_data_is_made(tmp_path):
-    ranks = str(2 * (os.cpu_count() or 1))  # of half a CPU each
+    ranks = str(4 * (os.cpu_count() or 1))  # of a quarter of a CPU each, the least
     call = [sys.executable, "-m", "train", "run", "demo", "--run-dir", "run", "--trainer.num-workers", ranks]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env["PYTHONPATH"] = str(Path(train.__file__).parents[1])
@@ -71,7 +73,7 @@ def test_the_kits19_recipes_ask_for_gpus_on_a_cluster_that_has_none_yet(name):
 def test_a_momentary_count_does_not_decide_for_cpus_where_resources_are_not_checked():
     assert preflight.gpus_unchecked(with_trainer(use_gpu=None), gpus=1)
     assert not preflight.gpus_unchecked(with_trainer(use_gpu=False), gpus=8)
-    with pytest.raises(ConfigError, match=r"--trainer\.use-gpu True or False beside --trainer\.check-resources False"):
+    with pytest.raises(ConfigError, match=r"--trainer\.use-gpu True or False beside --trainer\.no-check-resources"):
         preflight.gpus_unchecked(with_trainer(use_gpu=None), gpus=0)
 
 

@@ -84,9 +84,9 @@ def test_a_resumed_run_without_a_recipe_is_refused_before_anything_is_written(tm
     ("setting", "value"),
     [
         *(("optimizer.learning_rate", 0.08), ("optimizer.clip_norm", 1.0), ("optimizer.warmup_epochs", 0)),
-        *(("trainer.epochs", 99), ("trainer.evaluate_every", 3), ("trainer.quality_threshold", 0.9)),
+        *(("trainer.deterministic", True), ("trainer.evaluate_every", 3), ("trainer.quality_threshold", 0.9)),
         *(("trainer.checkpoint_every_steps", 7), ("trainer.num_workers", 3), ("trainer.precision", "fp32")),
-        *(("data.task_cpus", 0.25), ("window.overlap", 0.5), ("data.bad.budget_cases", 9)),
+        *(("data.blocks_in_flight", 3), ("window.overlap", 0.5), ("data.bad.budget_cases", 9)),
         *(("trainer.batch_size", 2), ("trainer.accumulate", 2), ("data.shards.execution_cases", 1)),
     ],
 )
@@ -157,6 +157,7 @@ def test_the_advice_of_a_step_that_is_not_finite_can_be_followed(tmp_path):
 FLAG = re.compile(r"--((?:data|trainer|optimizer|model|window|demo)\.[a-z0-9]+(?:[.-][a-z0-9]+)*)")
 NEW_RUN = {
     *("data.crop.patch", "data.decode.channels", "data.decode.num_classes", "model.in_channels", "model.num_classes"),
+    "demo.shape",
     *("data.holdout_fraction", "data.holdout_cases", "data.subject_pattern"),
 }
 """Settings that messages advise to change and that a resumed run refuses: another network, other samples."""
@@ -167,7 +168,7 @@ def test_every_setting_that_a_message_names_exists_and_may_change_on_resume_or_c
     found = set()
     for package in (ingest, train):
         for file in Path(package.__file__).parent.rglob("*.py"):
-            found |= {name.replace("-", "_") for name in FLAG.findall(file.read_text())}
+            found |= {name.replace("-", "_").replace(".no_", ".") for name in FLAG.findall(file.read_text())}
     bad = {f"data.{name.rpartition('.')[2]}": name for name in settings if name.startswith("data.bad.")}
     named = {bad.get(name, name) for name in found}
     unknown = {name for name in named if not any(each == name or each.startswith(f"{name}.") for each in settings)}

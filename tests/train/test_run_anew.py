@@ -4,6 +4,8 @@ import dataclasses
 import io
 
 import pytest
+from pyarrow.fs import LocalFileSystem
+from ray.train import Checkpoint, Result
 from rich.console import Console
 
 from ingest.quarantine import QUARANTINE_FILE, QuarantineBook, QuarantineEntry, load_entries
@@ -52,3 +54,10 @@ def test_the_same_run_resumed_keeps_them(run_dir, monkeypatch):
         launch.run(dataclasses.replace(DEMO, trainer=resumed), "demo", Console(quiet=True))
     assert [entry.index for entry in load_entries(str(run_dir))] == [3]
     assert (run_dir / HELD_OUT_FILE).exists()
+
+
+@pytest.mark.parametrize("run_dir", ["gs://bucket/runs/one", "/data/runs/one"])
+def test_the_newest_checkpoint_is_named_with_its_scheme_so_that_it_can_be_given_to_a_command(run_dir):
+    newest = Checkpoint(f"{run_dir.removeprefix('gs://')}/checkpoint_2026", filesystem=LocalFileSystem())
+    result = Result(metrics=None, checkpoint=newest, error=None, path=run_dir)
+    assert launch.newest_place(run_dir, result) == f"{run_dir}/checkpoint_2026"
