@@ -1,10 +1,11 @@
-"""A Ray that we start: where there is no home, and where its node is slow."""
+"""A Ray that we start: where there is no home, where its node is slow, and below a folder with a space."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ SLOW = "The current node timed out during startup. This could happen because som
 
 SCRIPT = f"""
 import os
+import sys
 import ray
 from ray._private import services
 from ingest.cluster import connected_ray
@@ -35,22 +37,35 @@ services.get_node = slow_once
 def token():
     return os.environ["RAY_AUTH_TOKEN"]
 
+@ray.remote
+class WithEnvironment:  # Ray starts the process of such an actor by a line of a shell, as those of Ray Train
+    def interpreter(self):
+        return sys.executable
+
 with connected_ray() as here:
     ours = [each.command for each in processes().values() if each.parent == os.getpid()]
     for name in ("raylet/raylet", "gcs/gcs_server"):
         print(name, sum(name in command.split()[0] for command in ours))
+    actor = WithEnvironment.options(runtime_env={{"env_vars": {{"ANY": "1"}}}}).remote()
+    print("space", " " in ray.get(actor.interpreter.remote(), timeout=100))
     print("token", len(ray.get(token.remote())), os.environ.get("RAY_AUTH_TOKEN"))
 print("failed", len(failed))
 """
 
 
-def test_without_a_home_and_on_a_slow_machine_ray_starts_the_second_time_and_leaves_nothing_of_the_first():
+def test_without_a_home_below_a_space_and_slow_once_ray_starts_and_leaves_nothing_of_its_first_start(tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Nobody, root included, can make a folder there; Ray would write its token to it.
     env |= {"HOME": "/proc/nowhere", "RAY_USAGE_STATS_ENABLED": "0"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
+    spaced = tmp_path / "My Projects"
+    spaced.mkdir()
+    (spaced / "venv").symlink_to(sys.prefix)
+    python = spaced / "venv" / Path(sys.executable).relative_to(sys.prefix)
+    done = subprocess.run([str(python), "-c", SCRIPT], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-4:] == ["raylet/raylet 1", "gcs/gcs_server 1", "token 64 None", "failed 1"]
+    assert done.stdout.splitlines()[-5:] == [
+        *("raylet/raylet 1", "gcs/gcs_server 1", "space True", "token 64 None", "failed 1")
+    ]
 
 
 class Init:
