@@ -118,5 +118,9 @@ class QuarantineBudgetError(IngestError):
     """More cases are bad than the run may leave out."""
 
 
+class ClusterError(IngestError):
+    """Ray could not be started here, or the cluster that RAY_ADDRESS names cannot be reached or refuses us."""
+
+
 class MissingDependencyError(IngestError):
     """An optional dependency is needed and not installed."""

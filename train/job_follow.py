@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 EXIT_STATUS = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 130}
 LOST_TRIES = 10
 POLL_S = 0.5
+PENDING_S = 30.0
+"""Seconds that a job may take to start before the reason is asked; its environment is unpacked first."""
 
 
 def details_of(client: JobSubmissionClient, submission_id: str) -> JobDetails:
@@ -57,6 +59,26 @@ def wait_for_end(client: JobSubmissionClient, submission_id: str, limit_s: float
         time.sleep(POLL_S)
 
 
+def waiting_reason(job: JobDetails) -> str:
+    """Why a job that is PENDING has not started, as far as Ray knows, and where to look, in one line."""
+    seconds = time.time() - (job.start_time or time.time() * 1000) / 1000
+    said = " ".join((job.message or "Ray gives no reason").split()).rstrip(".")
+    return (
+        f"the job is PENDING for {max(0.0, seconds):.0f} s: {said}; a head whose RAY_AUTH_TOKEN_PATH is relative, or "
+        "whose workers cannot start, leaves it so: see the newest runtime_env_*.log and raylet.out among the head's "
+        "logs in Ray's session folder"
+    )
+
+
+async def tell_if_pending(client: JobSubmissionClient, submission_id: str, console: Console) -> None:
+    """After a while, say why a job that is followed has not started. Its log gives nothing before it starts."""
+    await asyncio.sleep(PENDING_S)
+    with contextlib.suppress(JobError):  # the connection is lost: the log's own loop says so
+        job = await asyncio.to_thread(details_of, client, submission_id)
+        if job.status.value == "PENDING":
+            console.print(waiting_reason(job), markup=False, highlight=False)
+
+
 def follow(client: JobSubmissionClient, submission_id: str, console: Console) -> int:
     """Print a job's log as it comes; Ctrl-C asks, at a terminal, whether to stop the job.
 
@@ -67,7 +89,7 @@ def follow(client: JobSubmissionClient, submission_id: str, console: Console) ->
     asked = False
     while True:
         try:
-            shown = _print_log(client, submission_id, shown)
+            shown = _print_log(client, submission_id, shown, console)
             break
         except InterruptedLogError as interrupted:
             shown = interrupted.shown
@@ -95,7 +117,7 @@ class InterruptedLogError(Exception):
         self.shown = shown
 
 
-def _print_log(client: JobSubmissionClient, submission_id: str, shown: int) -> int:
+def _print_log(client: JobSubmissionClient, submission_id: str, shown: int, console: Console) -> int:
     """Print what of the log is not shown yet, until the job has ended; characters of it that are shown.
 
     Ray gives a log from its start at each connection.
@@ -104,11 +126,16 @@ def _print_log(client: JobSubmissionClient, submission_id: str, shown: int) -> i
 
     async def tail() -> None:
         skip = count[0]
-        async for text in client.tail_job_logs(submission_id):
-            fresh, skip = text[skip:], max(skip - len(text), 0)
-            sys.stdout.write(fresh)
-            sys.stdout.flush()
-            count[0] += len(fresh)
+        pending = asyncio.create_task(tell_if_pending(client, submission_id, console))
+        try:
+            async for text in client.tail_job_logs(submission_id):
+                pending.cancel()
+                fresh, skip = text[skip:], max(skip - len(text), 0)
+                sys.stdout.write(fresh)
+                sys.stdout.flush()
+                count[0] += len(fresh)
+        finally:
+            pending.cancel()
 
     lost = 0
     while True:

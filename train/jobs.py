@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .job_cluster import JobError, connect, refused
-from .job_follow import details_of, follow, wait_for_end
+from .job_follow import details_of, follow, wait_for_end, waiting_reason
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -91,11 +91,26 @@ def stop_job(arguments: list[str]) -> int:
     if before.is_terminal():
         console.print(f"{config.submission_id} had ended already: {before.value}")
         return 0
-    client.stop_job(config.submission_id)
-    console.print(f"stopping {config.submission_id}: it saves after the step under way")
-    status = wait_for_end(client, config.submission_id, config.wait_s)
-    console.print(f"{config.submission_id}: {status}")
+    known = client.stop_job(config.submission_id)
+    name = config.submission_id
+    if before.value != "PENDING":
+        console.print(f"stopping {name}: it saves after the step under way")
+    elif known:
+        console.print(f"stopping {name}: it has not started, and Ray stops it as soon as it does")
+    else:
+        console.print(f"{name} has not started, and Ray has no process of it yet that could be told to stop")
+    status = wait_for_end(client, name, config.wait_s)
+    console.print(f"{name}: {status}")
+    if status == "PENDING":
+        console.print(f"{waiting_reason(details_of(client, name))}; {after_stop(name, known=known)}")
     return 0 if status in ("STOPPED", "SUCCEEDED", "FAILED") else 1
+
+
+def after_stop(submission_id: str, *, known: bool) -> str:
+    """What becomes of a job that is told to stop and has not started."""
+    if known:
+        return "Ray keeps the order to stop: the job ends as soon as it starts, or fails if it does not start in time"
+    return f"no order to stop was kept: give `voxflux stop {submission_id}` again in a minute"
 
 
 def list_jobs(arguments: list[str]) -> int:

@@ -19,7 +19,7 @@ import ray.train.torch
 from rich.console import Console
 
 from ingest.clean import sweep_run
-from ingest.cluster import connected_ray, environment
+from ingest.cluster import check_before_ray, connected_ray, environment
 from ingest.errors import ConfigError, PlaceNotFoundError
 from ingest.execution import execution_options
 from ingest.foreign_names import refuse_foreign_modules
@@ -93,6 +93,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
         IngestError: with what was expected, found, and to do, from wherever in the run it came.
         KeyboardInterrupt: a second signal came.
     """
+    if not ray.is_initialized():
+        check_before_ray()
     preflight.check_model(recipe)
     if not ray.is_initialized():
         refuse_foreign_modules()  # again where Ray starts, but a demo's data is made before that

@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from ingest.errors import ConfigError
+from ingest.ray_token import check_token_path
 
 from .config import Recipe
 from .job_cluster import JobError, ask_cluster, check_resources, check_versions, connect, refused
@@ -79,7 +80,8 @@ def submit(submission: Submission, name: str, console: Console) -> tuple[JobSubm
     """Submit a recipe's job, and print how to go on with it.
 
     Raises:
-        ConfigError: the recipe or an option cannot work, the package is too large, or the cluster too small.
+        ConfigError: the recipe, an option or RAY_AUTH_TOKEN_PATH cannot work, the package is too large, or the cluster
+            too small.
         JobError: the cluster cannot be reached, refuses us, is of other versions, or has a job of this id.
     """
     submission_id = submission.submission_id or f"{name}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -87,6 +89,7 @@ def submit(submission: Submission, name: str, console: Console) -> tuple[JobSubm
         raise ConfigError(
             f"expected a --submission-id of letters, digits, '-', '_' and '.', found {submission_id!r}; choose another"
         )
+    check_token_path()
     metadata = {"recipe": name} | pairs("--metadata", submission.metadata)
     # Ray kills a stopped job after 3 s unless told otherwise: too short to save.
     env = {"RAY_JOB_STOP_WAIT_TIME_S": str(submission.stop_wait_s)} | pairs("--env", submission.env)

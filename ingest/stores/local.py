@@ -6,9 +6,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import stat
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -159,6 +159,8 @@ class LocalStore(BaseStore):
     def put(self, name: str, data: bytes, if_generation: int | None = None) -> int:
         """See `Puts.put`: a temporary file beside it takes its place in one step.
 
+        A new file has the permissions that the umask leaves, one that is written again keeps those that it has.
+
         All writes and deletes of one file exclude each other by a lock, also those without a condition. Without the
         lock, a write between the check and the write of another one would be lost unseen.
 
@@ -173,12 +175,14 @@ class LocalStore(BaseStore):
         temporary = None
         try:
             os.makedirs(folder, exist_ok=True)  # noqa: PTH103
-            handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
+            handle, temporary = _new_file(folder)
             with open(handle, "wb") as file:  # noqa: PTH123
                 file.write(data)
-                os.fchmod(file.fileno(), 0o644)
             with locked(path):
-                generation = _stamp_after(temporary, _require(path, if_generation))
+                before = _require(path, if_generation)
+                if before:
+                    _keep_mode(path, temporary)
+                generation = _stamp_after(temporary, before)
                 os.replace(temporary, path)  # noqa: PTH105
             temporary = None
             return generation
@@ -242,7 +246,7 @@ def locked(path: str) -> Iterator[None]:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             with contextlib.suppress(PermissionError):  # the lock file is another user's, and open to us already
-                os.fchmod(handle, 0o666)
+                os.fchmod(handle, _lock_mode(folder))
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
             except OSError as error:
@@ -259,6 +263,26 @@ def locked(path: str) -> Iterator[None]:
             return
         finally:
             os.close(handle)
+
+
+def _new_file(folder: str) -> tuple[int, str]:
+    """Make a file that nobody has, with the permissions that the umask leaves, which `tempfile` does not ask."""
+    while True:
+        path = os.path.join(folder, f"{_TEMPORARY}{secrets.token_hex(8)}")  # noqa: PTH118
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), path
+
+
+def _keep_mode(path: str, temporary: str) -> None:
+    mode, ours = (stat.S_IMODE(os.stat(each).st_mode) for each in (path, temporary))  # noqa: PTH116
+    if mode != ours:  # some file systems have no modes to change
+        os.chmod(temporary, mode)  # noqa: PTH101
+
+
+def _lock_mode(folder: str) -> int:
+    """The permissions of a lock file, which is empty: who may write the folder must be able to lock its files."""
+    shared = os.stat(folder).st_mode & (stat.S_IWGRP | stat.S_IWOTH)  # noqa: PTH116
+    return 0o666 if shared else 0o600
 
 
 def _is_still(handle: int, path: str) -> bool:
