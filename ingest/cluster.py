@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import ray
 import ray.data
 
+from . import signals
+
 PASSED_ON = ("STORAGE_EMULATOR_HOST",)  # workers of a running cluster do not inherit these from us
 # A worker frees and takes the same buffers for every chunk and block. glibc gives them back to the kernel each time,
 # which zeroes them again page by page; so told, it keeps them, in huge pages where the kernel has these on request.
@@ -46,7 +48,7 @@ def connected_ray() -> Iterator[bool]:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # Workers of a Ray that starts here inherit our environment. With a runtime environment each of them would load Ray
     # twice, and those that Ray starts in advance would be of no use.
-    with environment(passed if here else {}):
+    with environment(passed if here else {}), signals.kept():
         ray.init(
             # Without "local" Ray would join whatever cluster was started last on this machine.
             address="local" if here else None,

@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from ingest.errors import ConfigError
+from ingest.terminal import plain_console
 
 from .config import Recipe
 from .job_cluster import JobError, ask_cluster, check_resources, check_versions, connect, refused
@@ -70,7 +71,7 @@ def submit_recipe(arguments: list[str]) -> int:
     choices = {name: (about, Submission(recipe=recipe)) for name, (about, recipe) in RECIPES.items()}
     submission = tyro.extras.overridable_config_cli(choices, prog="voxflux submit", args=arguments)
     name = next(argument for argument in arguments if argument in RECIPES)
-    console = Console(markup=False, soft_wrap=True)
+    console = plain_console()
     client, submission_id = submit(submission, name, console)
     return follow(client, submission_id, console) if submission.follow else 0
 
