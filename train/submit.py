@@ -23,6 +23,7 @@ from .job_cluster import JobError, ask_cluster, check_resources, check_versions,
 from .job_follow import follow
 from .job_package import ENTRYPOINT, job_package
 from .job_places import place_warnings, placed
+from .passwords import check_no_password
 from .recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def submit(submission: Submission, name: str, console: Console) -> tuple[JobSubm
         env = {"STORAGE_EMULATOR_HOST": emulator} | env
     if not submission.check:
         recipe = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, check_resources=False))
+    check_no_password(recipe)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(job_package(recipe, name, with_code=submission.package, python=submission.python))
         client = connect(submission.address)
