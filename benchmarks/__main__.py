@@ -7,9 +7,9 @@ import logging
 import sys
 
 import tyro
-from rich.console import Console
 
-from ingest.errors import IngestError
+from ingest.command import run_command
+from ingest.terminal import plain_console
 
 COMMANDS = {
     "throughput": ("samples/s, client CPU and memory of voxflux, its peers and the floor", "ThroughputConfig"),
@@ -24,7 +24,11 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark; the exit status is 0, 1 for an error it explains, 2 for one in the options."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_command(lambda: _run(given))
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in COMMANDS:
         lines = [f"  {name:<12} {about}" for name, (about, _) in COMMANDS.items()]
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
@@ -35,11 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     module = importlib.import_module(f".{name}", __package__)
     config = tyro.cli(getattr(module, COMMANDS[name][1]), prog=f"python -m benchmarks {name}", args=rest)
-    try:
-        status: int = module.run(config, Console())
-    except IngestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    status: int = module.run(config, plain_console())
     return status
 
 

@@ -76,7 +76,7 @@ class Report:
             table.add_row(*cells)
         # Wider than the terminal rather than cut: who reads it in a file has no narrower one.
         whole = Measurement.get(console, console.options.update(width=1000), table).maximum
-        wide = Console(file=console.file, width=max(console.width, whole), soft_wrap=True)
+        wide = Console(file=console.file, width=max(console.width, whole), soft_wrap=True, markup=False, emoji=False)
         wide.print(table)
 
 

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import tyro
 from rich.console import Console
-from rich.logging import RichHandler
 
-from .errors import IngestError
+from .command import run_command
+from .terminal import log_to_stderr, plain_console
 
 T = TypeVar("T")
 
@@ -99,12 +99,13 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for an error it explains, 2 for one in the options."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
-    )
+    given = sys.argv[1:] if arguments is None else arguments
+    # Settings of a data set stand under `data` in training, and at the top here.
+    return run_command(lambda: _run(given), in_words=lambda text: text.replace("--data.", "--"))
+
+
+def _run(arguments: list[str]) -> int:
+    log_to_stderr(logging.INFO)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -112,15 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"expected one of {', '.join(COMMANDS)}, found {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    try:
-        return COMMANDS[name][0](rest, Console(markup=False, soft_wrap=True))
-    except IngestError as error:
-        # Settings of a data set stand under `data` in training, and at the top here.
-        print(f"error: {str(error).replace('--data.', '--')}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return COMMANDS[name][0](rest, plain_console())
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ import ray._private.node
 import ray.data
 import ray.exceptions
 
+from . import signals
 from .errors import ClusterError, IngestError
+from .foreign_names import refuse_foreign_modules
 from .machine import check_machine, session_root
 from .ray_address import check_address, refused
 from .ray_token import check_token_path, token_of_own_ray
-
-from .foreign_names import refuse_foreign_modules
 
 PASSED_ON = ("STORAGE_EMULATOR_HOST",)  # workers of a running cluster do not inherit these from us
 # A worker frees and takes the same buffers for every chunk and block. glibc gives them back to the kernel each time,
@@ -69,7 +69,7 @@ def connected_ray() -> Iterator[bool]:
             # Workers of a Ray that starts here inherit our environment. With a runtime environment each of them would
             # load Ray twice, and those that Ray starts in advance would be of no use.
             passed |= stack.enter_context(token_of_own_ray())
-            with environment(passed):
+            with environment(passed), signals.kept():
                 # Without "local" Ray would join whatever cluster was started last on this machine.
                 start_ray(
                     address="local",
@@ -78,7 +78,8 @@ def connected_ray() -> Iterator[bool]:
                     _temp_dir=str(session_root()),
                 )
         else:
-            join_ray(address=None, runtime_env={"env_vars": passed})
+            with signals.kept():
+                join_ray(address=None, runtime_env={"env_vars": passed})
         stack.callback(ray.shutdown)
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield here

@@ -39,6 +39,7 @@ from .plan import ShardConfig, plan_epochs
 from .quarantine import BadCaseConfig, entry_of, over_budget
 from .set_checks import Wanted, check_foreground, check_smallest
 from .stores.base import ObjectMeta, Store, StoreConfig, open_store
+from .terminal import literal
 from .transport import choose_transport, place_facts
 from .unwrap import own_error
 
@@ -346,7 +347,7 @@ def _print_places(listed: Mapping[str, Listing], console: Console) -> None:
             f"{sum(sizes):,}",
             f"{min(sizes):,}",
             f"{max(sizes):,}",
-            ", ".join(f"{name} {count:,}" for name, count in sorted(classes.items())),
+            literal(", ".join(f"{name} {count:,}" for name, count in sorted(classes.items()))),
             ", ".join(f"{len(metas):,} {kind}" for kind, metas in sorted(skipped.items())) or "none",
         )
     console.print(table)

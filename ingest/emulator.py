@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import importlib.util
 import json
 import os
@@ -17,13 +16,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal
 from urllib.parse import quote
 
 from .errors import ConfigError, IngestError, MissingDependencyError, UnreachableError
+from .signals import ending_signals, handling
+from .terminal import drop_lost_output
 
 EMULATOR_VARIABLE = "STORAGE_EMULATOR_HOST"
 
@@ -279,7 +280,7 @@ def _free_port() -> int:
 
 
 def serve(data: str | Path | None = None, port: int = 0, command: Sequence[str] = ()) -> int:
-    """Run the server for a command, or until SIGINT or SIGTERM; what `voxflux serve` does.
+    """Run the server for a command, or until SIGINT, SIGTERM or SIGHUP; what `voxflux serve` does.
 
     To be called in the main thread, whose handlers of these signals it replaces while it runs.
 
@@ -298,7 +299,8 @@ def serve(data: str | Path | None = None, port: int = 0, command: Sequence[str] 
     """
     # From here on: a signal that comes while the server loads its data must end it, too.
     signals = _Signals()
-    with _handling_signals(signals.take), EmbeddedServer(data=data, port=port) as server:
+    ended_by = (signal.SIGINT, *ending_signals())
+    with handling(dict.fromkeys(ended_by, signals.take)), EmbeddedServer(data=data, port=port) as server:
         if command:
             return _run_beside(server, command, signals)
         print(f"export {EMULATOR_VARIABLE}={server.url}", flush=True)
@@ -317,6 +319,7 @@ class _Signals:
 
     def take(self, number: int, _frame: FrameType | None) -> None:
         self.came.set()
+        drop_lost_output()
         if self._process is None:
             self._early.append(number)
         # A terminal sends Ctrl-C to the command as well; a second one would end it at once.
@@ -339,13 +342,3 @@ def _run_beside(server: EmbeddedServer, command: Sequence[str], signals: _Signal
     signals.pass_to(process)
     status = process.wait()
     return status if status >= 0 else 128 - status
-
-
-@contextlib.contextmanager
-def _handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

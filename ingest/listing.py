@@ -147,8 +147,8 @@ def _progress(uri: str, *, shown: bool) -> Iterator[Callable[[int], None]]:
     started = time.monotonic()
     last_line = started
     bar = rich.progress.Progress(
-        rich.progress.SpinnerColumn(),
-        rich.progress.TextColumn("listing {task.description}"),
+        rich.progress.SpinnerColumn("line"),  # of ASCII
+        rich.progress.TextColumn("listing {task.description}", markup=False),  # a name may have brackets
         rich.progress.TextColumn("{task.completed:,.0f} objects"),
         rich.progress.TimeElapsedColumn(),
         console=rich.console.Console(stderr=True),

@@ -80,7 +80,7 @@ def test_serve_refuses_a_command_that_is_not_there() -> None:
         serve(command=["no-such-command"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_serve_passes_signals_on_to_its_command(number: signal.Signals) -> None:
     inner = (
         "import signal, sys, time\n"
@@ -97,7 +97,7 @@ def test_serve_passes_signals_on_to_its_command(number: signal.Signals) -> None:
         assert outer.wait(20) == 9
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_serve_without_a_command_says_how_to_use_it_until_interrupted(number: signal.Signals) -> None:
     code = "import sys\nfrom ingest.emulator import serve\nsys.exit(serve())"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:

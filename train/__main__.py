@@ -6,15 +6,13 @@ import logging
 import pkgutil
 import sys
 
-from rich.console import Console
-from rich.logging import RichHandler
-
 from .own_ingest import check_own_ingest
 
 check_own_ingest()  # before the first import of it
 
 import ingest.__main__  # noqa: E402
-from ingest.errors import IngestError  # noqa: E402
+from ingest.command import run_command  # noqa: E402
+from ingest.terminal import log_to_stderr  # noqa: E402
 
 COMMANDS = {
     "run": ("train.commands:run_recipe", "RECIPE [--run-dir DIR] [overrides]", "train on this machine or its cluster"),
@@ -64,14 +62,15 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 1 for an error it explains, 2 for one in the options."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in ingest.__main__.COMMANDS:
-        return ingest.__main__.main(arguments)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
-    )
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in ingest.__main__.COMMANDS:
+        return ingest.__main__.main(given)
+    # A run of hours does not end because the program that its output was piped into has ended.
+    return run_command(lambda: _run(given), goes_on=given[:1] == ["run"])
+
+
+def _run(arguments: list[str]) -> int:
+    log_to_stderr(logging.WARNING)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -80,14 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = ", ".join([*ingest.__main__.COMMANDS, *COMMANDS])
         print(f"expected one of the commands {names}; found {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    try:
-        return int(pkgutil.resolve_name(COMMANDS[command][0])(rest))
-    except IngestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return int(pkgutil.resolve_name(COMMANDS[command][0])(rest))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import pickle
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -264,8 +266,43 @@ def load_state(run_dir: str, checkpoint: str) -> dict[str, Any]:
     store = open_store(run_dir)
     data = store.fetch([_entry(store, f"{checkpoint}/{STATE_FILE}")])[0]
     check_archive(data, store.uri_of(f"{checkpoint}/{STATE_FILE}"))
-    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return unpacked(data, store.uri_of(f"{checkpoint}/{STATE_FILE}"))
+
+
+def unpacked(data: bytes, place: str) -> dict[str, Any]:
+    """Unpack a `state.pt` in the host's memory.
+
+    Args:
+        data: of the file.
+        place: of the file, for the message.
+
+    Raises:
+        ConfigError: it is not what `voxflux run` wrote. torch's own message is not passed on, because it advises to
+            load the file with `weights_only=False`, which would run whatever code the file holds.
+    """
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds {type(state).__name__}")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        # The cause is not chained: Ray prints it with the error.
+        raise ConfigError(
+            f"expected a checkpoint of `voxflux run` in {place}, found something else ({_why_not(error)}); give "
+            "another checkpoint"
+        ) from None
     return state
+
+
+def _why_not(error: Exception) -> str:
+    text = str(error)
+    foreign = re.search(r"(?:GLOBAL|global) ([\w.]+)", text)
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            f"it asks for the Python object {foreign.group(1)}, and not for tensors alone"
+            if foreign
+            else ("it does not hold tensors alone")
+        )
+    return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
 
 
 def check_archive(data: bytes, place: str) -> None:

@@ -7,9 +7,9 @@ import dataclasses
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from ingest.errors import ConfigError
+from ingest.terminal import plain_console
 
 from .config import Recipe, from_json
 from .plain_json import is_figure
@@ -40,7 +40,7 @@ def chosen_recipe(arguments: list[str]) -> tuple[Recipe, str]:
 def run_recipe(arguments: list[str]) -> int:
     """`voxflux run RECIPE [overrides]`, or `run --config FILE [--name NAME] [overrides]`."""
     recipe, name = chosen_recipe(arguments)
-    console = Console(markup=False, soft_wrap=True)
+    console = plain_console()
     from .best import reached
     from .launch import run  # Ray and torch load here, so that --help answers at once
 
@@ -92,7 +92,7 @@ def audit_run(arguments: list[str]) -> int:
 
     config = tyro.cli(AuditConfig, prog="voxflux audit", args=arguments)
     found = audit(config.run_dir, config.ledger)
-    console = Console(markup=False, soft_wrap=True)
+    console = plain_console()
     console.print(audit_table(found))
     for problem in found.problems:
         console.print(f"problem: {problem}")

@@ -22,6 +22,7 @@ from ingest.pairing import PairingConfig
 from ingest.plan import ShardConfig
 from ingest.quarantine import BadCaseConfig
 from ingest.stores import StoreConfig, open_store
+from ingest.terminal import literal, plain_console
 from ingest.volumes import case_volumes, image_volumes
 
 from .holdout import load_held_out
@@ -176,7 +177,9 @@ def scores_table(scores: Scores) -> Table:
     table.add_column("mean of present", justify="right")
     for score in scores.by_case:
         present = "empty label" if score.mean_dice_present is None else f"{score.mean_dice_present:.4f}"
-        table.add_row(score.case_id, *(f"{value:.4f}" for value in score.dice), f"{score.mean_dice:.4f}", present)
+        table.add_row(
+            literal(score.case_id), *(f"{value:.4f}" for value in score.dice), f"{score.mean_dice:.4f}", present
+        )
     table.add_section()
     table.add_row("mean", *(f"{value:.4f}" for value in scores.by_class), f"{scores.mean_dice:.4f}", _four(scores))
     return table
@@ -197,7 +200,7 @@ def _four(scores: Scores) -> str:
 def evaluate_command(arguments: list[str]) -> int:
     """`voxflux evaluate --checkpoint … --images … --labels …`."""
     config = tyro.cli(EvaluateConfig, prog="voxflux evaluate", args=arguments)
-    console = Console(markup=False, soft_wrap=True)
+    console = plain_console()
     scores = evaluate(config, console)
     console.print(scores_table(scores))
     # All digits: the number can be held against mean_dice in metrics.json.
@@ -211,7 +214,7 @@ def evaluate_command(arguments: list[str]) -> int:
 def predict_command(arguments: list[str]) -> int:
     """`voxflux predict --checkpoint … --images … --output …`."""
     config = tyro.cli(PredictConfig, prog="voxflux predict", args=arguments)
-    console = Console(markup=False, soft_wrap=True)
+    console = plain_console()
     written = predict(config, console)
     nifti = sum(name.endswith(".nii.gz") for name in written)
     console.print(f"{len(written) - nifti} label maps in {config.output}, {nifti} of them also as NIfTI")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ingest.signals import came
+
 from .job_cluster import JobError, refused
 
 if TYPE_CHECKING:
@@ -167,8 +169,8 @@ def _print_log(client: JobSubmissionClient, submission_id: str, shown: int, cons
 
 
 def _asks_to_stop(submission_id: str, console: Console) -> bool:
-    """Whether the user wants the job stopped; without a terminal nobody can be asked, and it goes on."""
-    if not sys.stdin.isatty():
+    """Whether the user wants the job stopped. It goes on where nobody can be asked: no terminal, or a closed one."""
+    if came() or not sys.stdin.isatty():
         return False
     console.print(f"\nstop job {submission_id}? y stops it, anything else leaves it running: ", end="")
     try:

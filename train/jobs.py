@@ -8,8 +8,9 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import tyro
-from rich.console import Console
 from rich.table import Table
+
+from ingest.terminal import literal, plain_console
 
 from .job_cluster import JobError, connect, refused
 from .job_follow import details_of, follow, wait_for_end, waiting_reason
@@ -55,7 +56,7 @@ def job_status(arguments: list[str]) -> int:
     config = tyro.cli(JobConfig, prog="voxflux status", args=arguments)
     client = connect(config.address)
     job = details_of(client, config.submission_id)
-    console = Console(markup=False, soft_wrap=True)
+    console = plain_console()
     console.print(f"{config.submission_id}: {job.status.value}")
     if job.start_time:
         console.print(f"started {_clock(job.start_time)}, {'took' if job.end_time else 'running for'} {_took(job)}")
@@ -72,7 +73,7 @@ def job_logs(arguments: list[str]) -> int:
     client = connect(config.address)
     details_of(client, config.submission_id)  # says clearly that there is no such job
     if config.follow:
-        return follow(client, config.submission_id, Console(markup=False, soft_wrap=True))
+        return follow(client, config.submission_id, plain_console())
     try:
         sys.stdout.write(client.get_job_logs(config.submission_id))
     except RuntimeError as error:
@@ -85,7 +86,7 @@ def job_logs(arguments: list[str]) -> int:
 def stop_job(arguments: list[str]) -> int:
     """`voxflux stop SUBMISSION_ID`."""
     config = tyro.cli(StopConfig, prog="voxflux stop", args=arguments)
-    console = Console(markup=False, soft_wrap=True)
+    console = plain_console()
     client = connect(config.address)
     before = details_of(client, config.submission_id).status
     if before.is_terminal():
@@ -125,21 +126,20 @@ def list_jobs(arguments: list[str]) -> int:
         raise refused(client.get_address(), error) from error
     except (RuntimeError, OSError) as error:
         raise JobError(f"expected {client.get_address()} to list its jobs, found: {error}") from error
-    console = Console(markup=False, soft_wrap=True)
+    console = plain_console()
     if not jobs:
         console.print(f"no jobs at {client.get_address()} yet")
         return 0
-    table = Table(title=f"Jobs at {client.get_address()}")
+    table = Table(title=literal(f"Jobs at {client.get_address()}"))
     for column in ("job", "status", "started", "took", "recipe", "run folder"):
         table.add_column(column, overflow="fold")
     for job in sorted(jobs, key=lambda job: job.start_time or 0):
         kept = job.metadata or {}
         started = _clock(job.start_time) if job.start_time else "-"
-        table.add_row(
-            job.submission_id, job.status.value, started, _took(job), kept.get("recipe", "-"), kept.get("run_dir", "-")
-        )
+        cells = (job.submission_id, job.status.value, started, _took(job), kept.get("recipe"), kept.get("run_dir"))
+        table.add_row(*(literal(cell or "-") for cell in cells))
     # As wide as it needs where nobody's terminal sets a width, so that a script can read it.
-    Console(markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
+    plain_console(width=None if sys.stdout.isatty() else 200).print(table)
     return 0
 
 

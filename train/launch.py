@@ -50,6 +50,7 @@ from .loop import LoopJob, train_loop
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
 from .nodes import alive_nodes, check_visible, gpus_of_machine, with_readers
+from .passwords import recipe_without_password
 from .planned import datasets_of, most_together
 from .ray_compat import FailureCallback
 from .ray_record import drop_damaged_record
@@ -108,6 +109,8 @@ def run(recipe: Recipe, name: str, console: Console) -> Outcome:
 def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outcome:
     """Run a recipe in a folder that this process holds; see `run`."""
     given, recipe = recipe, derive(recipe)
+    # From here on no part of the run knows a password.
+    mlflow, recipe = recipe.trainer.mlflow, recipe_without_password(recipe)
     if recipe.trainer.ledger:  # relative to here: a rank's working directory is another one
         ledger = absolute_place(recipe.trainer.ledger)
         recipe = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, ledger=ledger))
@@ -119,7 +122,7 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
     for words in [] if resumed else drop_cases_of_before(run_dir):
         console.print(words, markup=False)
     preflight.check_space(recipe, run_dir)
-    tracking = reach(recipe.trainer.mlflow, run_dir, resumed=resumed)
+    tracking = reach(mlflow, run_dir, resumed=resumed)
     if recipe.trainer.check_resources and not ray.is_initialized():
         check_early(recipe)
     with contextlib.ExitStack() as stack:

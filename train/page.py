@@ -25,6 +25,7 @@ from ingest.stores import open_store
 from .config import flat_settings
 from .metrics import METRICS_FILE, read_metrics
 from .page_plots import figures
+from .passwords import without_password
 from .plain_json import is_figure, of_json
 from .records import Event, read_events, whole_steps
 from .slices import CaseSlices, grey_png, label_png, load_slices
@@ -123,6 +124,9 @@ def _recipe(run_dir: str, damaged: list[str]) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         damaged.append(f"{store.uri_of(RECIPE_FILE)}: expected a run's settings, found something else ({error})")
         return {}
+    trainer = saved.get("trainer", {})
+    if isinstance(trainer.get("mlflow"), str):  # earlier versions kept a password
+        trainer["mlflow"] = without_password(trainer["mlflow"])
     return saved
 
 

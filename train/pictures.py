@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .checkpoint import unpacked
 from .evaluate import sliding_window_logits
 from .loop import LoopJob
 from .unet3d import UNet3D
@@ -36,7 +37,7 @@ class PredictedCase:
 
 def predict_some(job: LoopJob, checkpoint: Path) -> list[PredictedCase]:
     """The first held-out cases that are good, up to `CASES` of them, with their predictions."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = unpacked(checkpoint.read_bytes(), str(checkpoint))
     network = UNet3D(job.recipe.model)
     network.load_state_dict(state["model"])
     network.eval()

@@ -16,6 +16,7 @@ from .checkpoint import read_position
 from .config import Recipe, from_json
 from .derive import derive
 from .holdout import HELD_OUT_FILE
+from .passwords import recipe_without_password
 from .resume_rules import Change, changes_of
 from .run_storage import check_ray_can_have
 
@@ -53,6 +54,8 @@ def checks_of_run_dir(recipe: Recipe, run_dir: str) -> list[Change] | None:
             may not change (see `resume_rules`).
     """
     saved = saved_recipe(run_dir)
+    if saved is not None:  # earlier versions kept a password
+        saved = recipe_without_password(saved)
     if recipe.trainer.resume is None:
         # A run that ended before its first checkpoint has nothing to go on from: its folder is free.
         if saved is not None and read_position(run_dir).checkpoint is not None:

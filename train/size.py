@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ingest.errors import ConfigError
+from ingest.terminal import plain_console
 
 from .cluster_file import CPUS_PER_DATA_WORKER, CPUS_PER_GPU_WORKER, GPUS_PER_WORKER
 from .config import Recipe
@@ -93,7 +94,7 @@ def size_of(config: SizeConfig, cpu_ms_per_sample: float) -> Size:
 def print_size(arguments: list[str]) -> int:
     """`voxflux size --gpus N --step-s S --batch B`."""
     config = tyro.cli(SizeConfig, prog="voxflux size", args=arguments)
-    console = Console(markup=False, soft_wrap=True)
+    console = plain_console()
     cost_ms, source = config.cpu_ms_per_sample, "given"
     if cost_ms is None:
         cost_ms, source = measured(config, console), "measured on this machine"

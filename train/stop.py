@@ -14,6 +14,9 @@ import ray
 import torch
 import torch.distributed
 
+from ingest.signals import ending_signals, handling
+from ingest.terminal import drop_lost_output
+
 T = TypeVar("T")
 POLL_S = 0.5
 
@@ -83,27 +86,24 @@ class Stopped:
 
 @contextlib.contextmanager
 def on_signals(ask: Callable[[], None]) -> Iterator[Stopped]:
-    """Call `ask` at the first SIGINT or SIGTERM, and raise KeyboardInterrupt at the second.
+    """Call `ask` at the first SIGINT, SIGTERM or SIGHUP, and raise KeyboardInterrupt at the second.
 
+    A second SIGHUP changes nothing, because a terminal that is closed sends several. Under `nohup`, SIGHUP is ignored.
     Must be entered on the main thread; elsewhere signals are left as they are.
     """
     stopped = Stopped()
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if stopped.signal_number is not None:
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
         stopped.signal_number = number
+        drop_lost_output()  # so that `ask` may print
         ask()
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling(dict.fromkeys((signal.SIGINT, *ending_signals()), handle)):
         yield stopped
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def in_thread(work: Callable[[], T]) -> T:

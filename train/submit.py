@@ -17,12 +17,14 @@ from rich.console import Console
 
 from ingest.errors import ConfigError
 from ingest.ray_token import check_token_path
+from ingest.terminal import plain_console
 
 from .config import Recipe
 from .job_cluster import JobError, ask_cluster, check_resources, check_versions, connect, refused
 from .job_follow import follow
 from .job_package import ENTRYPOINT, job_package
 from .job_places import place_warnings, placed
+from .passwords import check_no_password
 from .recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def submit_recipe(arguments: list[str]) -> int:
     choices = {name: (about, Submission(recipe=recipe)) for name, (about, recipe) in RECIPES.items()}
     submission = tyro.extras.overridable_config_cli(choices, prog="voxflux submit", args=arguments)
     name = next(argument for argument in arguments if argument in RECIPES)
-    console = Console(markup=False, soft_wrap=True)
+    console = plain_console()
     client, submission_id = submit(submission, name, console)
     return follow(client, submission_id, console) if submission.follow else 0
 
@@ -106,6 +108,7 @@ def submit(submission: Submission, name: str, console: Console) -> tuple[JobSubm
         env = {"STORAGE_EMULATOR_HOST": emulator} | env
     if not submission.check:
         recipe = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, check_resources=False))
+    check_no_password(recipe)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(job_package(recipe, name, with_code=submission.package, python=submission.python))
         client = connect(submission.address)

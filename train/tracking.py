@@ -22,6 +22,7 @@ from ingest.stores import open_store
 
 from .config import Recipe, flat_settings
 from .metrics import Row
+from .passwords import hidden, usable_uri, without_password
 from .plain_json import to_json
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Tracking:
 
     Attributes:
         client: of the server.
-        uri: of the server.
+        uri: of the server, without a password.
         run_id: None where a new run is to be made.
     """
 
@@ -124,7 +125,7 @@ def reach(uri: str | None, run_dir: str, *, resumed: bool) -> Tracking | None:
     """Find the server, and the run of a folder that is gone on with, before anything starts; None where none is asked.
 
     Args:
-        uri: MLflow's tracking URI.
+        uri: MLflow's tracking URI, with its password where it has one.
         run_dir: the run's folder or gs:// place.
         resumed: whether the run goes on from an earlier one there.
 
@@ -135,6 +136,7 @@ def reach(uri: str | None, run_dir: str, *, resumed: bool) -> Tracking | None:
         return None
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    whole, uri = uri, without_password(uri)
     try:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -144,11 +146,11 @@ def reach(uri: str | None, run_dir: str, *, resumed: bool) -> Tracking | None:
             "started, by `pip install -c constraints.txt -e '.[mlflow]'`, or leave the option out"
         ) from error
     try:
-        client = MlflowClient(tracking_uri=uri)
+        client = MlflowClient(tracking_uri=usable_uri(whole))
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         raise ConfigError(
-            f"expected an MLflow tracking server at {uri}, found: {_words(error)}; start it, or check "
+            f"expected an MLflow tracking server at {uri}, found: {hidden(_words(error), whole)}; start it, or check "
             "--trainer.mlflow and, where it asks for them, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
             "MLFLOW_TRACKING_TOKEN"
         ) from error
@@ -159,8 +161,9 @@ def reach(uri: str | None, run_dir: str, *, resumed: bool) -> Tracking | None:
         client.get_run(saved["run_id"])
     except (MlflowException, OSError) as error:
         raise ConfigError(
-            f"expected run {saved['run_id']} of {run_dir} at {uri}, found: {_words(error)}; give the --trainer.mlflow "
-            f"that the run began with, {saved['uri']}, or move {TRACKING_FILE} out of its folder to begin another there"
+            f"expected run {saved['run_id']} of {run_dir} at {uri}, found: {hidden(_words(error), whole)}; give the "
+            f"--trainer.mlflow that the run began with, {without_password(saved['uri'])}, or move {TRACKING_FILE} out "
+            "of its folder to begin another there"
         ) from error
     return Tracking(client, uri, saved["run_id"])
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import pickle
 import posixpath
 import zipfile
-from typing import Any
 
 import torch
 
@@ -15,7 +13,7 @@ from ingest.errors import ConfigError
 from ingest.stores import ObjectMeta, Store, open_store
 
 from .best import BEST_FILE
-from .checkpoint import LATEST_FILE, STATE_FILE, check_archive
+from .checkpoint import LATEST_FILE, STATE_FILE, check_archive, unpacked
 from .config import Recipe, from_json
 from .plain_json import of_json
 from .step import memory_format
@@ -66,10 +64,10 @@ def load_trained(uri: str) -> Trained:
     data = store.fetch([entry])[0]
     if zipfile.is_zipfile(io.BytesIO(data)):
         check_archive(data, name)
+    state = unpacked(data, name)
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         weights, recipe = state["model"], from_json(state["recipe"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"expected a checkpoint of `voxflux run` in {name}, found something else "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); give another --checkpoint"

@@ -1,8 +1,10 @@
 """The training job on a real Ray Train: two ranks, a bucket, checkpoints, scores."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import ray
@@ -15,6 +17,7 @@ from ingest.errors import ConfigError, DecodeError
 from ingest.index import index_cases
 from ingest.pipeline import DataConfig
 from ingest.stores import open_store
+from tests.train.fake_mlflow import NAME, PASSWORD, fake_mlflow
 from train.__main__ import main
 from train.checkpoint import read_position
 from train.config import Recipe, TrainerConfig, from_json
@@ -170,6 +173,25 @@ def test_a_run_from_a_manifest_is_kept_in_a_bucket_and_gone_on_with_there_and_on
     assert tracked.data.params["data.images"] == f'"{places.gs}images/"'  # as resolved
     logged = [(point.step, point.value) for point in tracking.client.get_metric_history(tracking.run_id, "train_loss")]
     assert logged == [(number, row["train_loss"]) for number, row in enumerate(second.rows, 1)]
+
+
+def test_the_password_of_an_mlflow_server_is_in_no_file_of_a_run_and_in_no_line_that_it_prints(
+    places, tmp_path, monkeypatch
+):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # and put back afterwards: the run sets them
+    console = Console(file=io.StringIO(), width=1000)
+    with fake_mlflow() as server:
+        uri = server.url.replace("://", f"://{NAME}:{quote(PASSWORD, safe='')}@")
+        recipe = tiny(places.gs, tmp_path / "run", num_workers=1, epochs=1, evaluate_every=0, mlflow=uri)
+        run(recipe, "tiny", console)
+    assert any("runs/log-batch" in sent for sent in server.sent)
+    assert server.url in (tmp_path / "run" / "report.html").read_text()
+    found = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    for secret in (PASSWORD, quote(PASSWORD, safe="")):
+        assert secret not in console.file.getvalue()
+        assert not any(secret in sent for sent in server.sent)
+        assert not [file for file in found if secret.encode() in file.read_bytes()]
 
 
 def test_a_run_folder_that_ray_cannot_name_is_refused(places, tmp_path):
