@@ -22,12 +22,12 @@ NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 def full(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file that a local store begins lies on a device that is full."""
 
-    def begin(prefix: str, dir: str) -> tuple[int, str]:  # noqa: A002  as tempfile has it
-        path = f"{dir}/{prefix}full"
+    def begin(folder: str) -> tuple[int, str]:
+        path = f"{folder}/.full"
         Path(path).touch()
         return os.open("/dev/full", os.O_WRONLY), path
 
-    monkeypatch.setattr(local_store.tempfile, "mkstemp", begin)
+    monkeypatch.setattr(local_store, "_new_file", begin)
 
 
 def test_a_local_file_for_which_the_disk_has_no_room_is_named_and_the_one_before_it_stays(tmp_path, request):
