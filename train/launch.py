@@ -45,6 +45,7 @@ from .holdout import Holdout, RankData, save_held_out, split_of
 from .lease import Lease, LeaseGuard, held
 from .ledger import absolute_place
 from .loop import LoopJob, train_loop
+from .memory_killed import out_of_memory
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
 from .nodes import alive_nodes, check_visible, gpus_of_machine, with_readers
@@ -270,7 +271,9 @@ def fit(
         with environment({name: value for name, value in controller_settings().items() if name not in os.environ}):
             return trainer.fit()
     except Exception as error:
-        ours = disk_full(error, job) or own_error(error) or process_died(error, run_dir)
+        ours = (
+            disk_full(error, job) or own_error(error) or out_of_memory(error, run_dir) or process_died(error, run_dir)
+        )
         if ours is not None:
             raise ours from error
         raise

@@ -15,6 +15,7 @@ from ingest.unwrap import own_error
 
 from .checkpoint import read_position
 from .flag import given_up
+from .memory_killed import killed_for_memory
 from .monitor import Monitor
 
 LONGEST = 500  # characters of an error's words
@@ -116,6 +117,9 @@ def in_words(error: BaseException) -> str:
     ours = own_error(error)
     if ours is not None:
         return _first_line(str(ours)) or type(ours).__name__
+    killed = killed_for_memory(error)
+    if killed is not None:
+        return killed.words[:LONGEST]
     inner = getattr(error, "health_check_failure", error)
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
     if isinstance(inner, ray.exceptions.ActorDiedError):
