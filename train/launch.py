@@ -59,6 +59,7 @@ from .run_folder import RECIPE_FILE, checks_of_run_dir, drop_cases_of_before, ru
 from .run_storage import storage_of
 from .stop import in_thread, on_signals
 from .tracking import reach, tracked
+from .vitals import Vitals, guarded, vitals_of_ray
 from .waits import why
 
 MANIFEST_FILE = "manifest.parquet"
@@ -121,13 +122,15 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
         served = not recipe.data.images and not recipe.data.manifest
-        recipe = stack.enter_context(data_of(recipe, console))
+        vitals = Vitals()
+        recipe = stack.enter_context(data_of(recipe, console, vitals))
         composed: list[str] = []
         store = dataclasses.replace(recipe.data.store, run_id=recipe.data.store.run_id or uuid.uuid4().hex)
         unresolved = store
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, store=store))
         stack.callback(lambda: sweep_run(composed, store.run_id, store))  # after Ray's processes have ended
-        stack.enter_context(connected_ray())
+        here = stack.enter_context(connected_ray())
+        vitals.watch(vitals_of_ray(run_dir, here=here))
         nodes = alive_nodes()
         recipe = with_readers(recipe, nodes)
         use_gpu = preflight.check_cluster(recipe, nodes)
@@ -183,7 +186,10 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             tracked(tracking, recipe, run_dir, console, stopped) as mlflow_run,
             following(job, console, mlflow_run, stopped),
         ):
-            result = in_thread(lambda: fit(job, manifest, train, run_dir, holder, use_gpu=use_gpu, listing_s=listing_s))
+            trained = functools.partial(
+                fit, job, manifest, train, run_dir, holder, use_gpu=use_gpu, listing_s=listing_s
+            )
+            result = in_thread(lambda: guarded(trained, vitals), vitals.look)
             lease.require()
         rows = read_metrics(run_dir)
         console.print(epoch_table(rows))
@@ -314,8 +320,14 @@ def quarantined_of(data: DataConfig, run_dir: str) -> Indices | None:
 
 
 @contextlib.contextmanager
-def data_of(recipe: Recipe, console: Console) -> Iterator[Recipe]:
-    """The recipe with its URIs: the given ones, or, for a demo, those of cases made on the spot and served."""
+def data_of(recipe: Recipe, console: Console, vitals: Vitals | None = None) -> Iterator[Recipe]:
+    """The recipe with its URIs: the given ones, or, for a demo, those of cases made on the spot and served.
+
+    Args:
+        recipe: names the data, or how to make it.
+        console: is told what is made.
+        vitals: watches the server that is started.
+    """
     data = recipe.data
     if (data.images and data.labels) or data.manifest or (recipe.trainer.resume and recipe.demo is None):
         yield recipe
@@ -344,6 +356,8 @@ def data_of(recipe: Recipe, console: Console) -> Iterator[Recipe]:
     )
     with EmbeddedServer(data=root) as server, environment(server.env()):
         console.print(f"serving them at {server.url} as gs://{bucket}/{place}/")
+        if vitals is not None:
+            vitals.watch(functools.partial(server.check, f"go on with --trainer.resume {recipe.run_dir}"))
         yield dataclasses.replace(
             recipe,
             data=dataclasses.replace(

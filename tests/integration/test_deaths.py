@@ -1,0 +1,47 @@
+"""A process that a run cannot live without is killed: the run ends at once, with one message and how to go on."""
+
+from __future__ import annotations
+
+import random
+import signal
+
+import pytest
+
+from tests.integration.chaos import Chaos
+
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(900)]
+
+
+def killed(chaos: Chaos, target: str) -> list[str]:
+    """The lines that a run prints whose process of that kind is killed once it trains; it must end by itself."""
+    process = chaos.start("--run-dir", str(chaos.folder / "run"), "--trainer.max-failures", "50")
+    chaos.wait_for_steps(process, 3)
+    chaos.kill(process, target)
+    assert chaos.kills == [target]
+    chaos.end(process)
+    assert process.returncode == 1
+    lines = (chaos.folder / "log.txt").read_text().splitlines()
+    assert not [line for line in lines if line.startswith("Traceback")], lines
+    assert not [line for line in lines if "restarting" in line], lines
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        ("server", "expected the embedded server to go on at http://127.0.0.1"),
+        ("raylet", "expected Ray's raylet to live as long as the run"),
+        ("gcs", "expected Ray's gcs_server to live as long as the run"),
+    ],
+)
+def test_what_a_run_cannot_live_without_is_named_when_it_is_killed(tmp_path, target, found):
+    chaos = Chaos(tmp_path, random.Random(1), print)
+    lines = killed(chaos, target)
+    (error,) = (line for line in lines if line.startswith("error: "))
+    assert found in error
+    assert f"go on with --trainer.resume {tmp_path / 'run'}" in error
+    process = chaos.start("--trainer.resume", str(tmp_path / "run"))
+    chaos.wait_for_steps(process, 3)
+    process.send_signal(signal.SIGINT)
+    chaos.end(process)
+    chaos.audit()
