@@ -11,6 +11,8 @@ from tests.integration.chaos import Chaos
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(900)]
 
+STEPS_OF_EPOCH = 9  # 36 cases in batches of 2 on 2 ranks
+
 
 def killed(chaos: Chaos, target: str) -> list[str]:
     """The lines that a run prints whose process of that kind is killed once it trains; it must end by itself."""
@@ -41,7 +43,7 @@ def test_what_a_run_cannot_live_without_is_named_when_it_is_killed(tmp_path, tar
     assert found in error
     assert f"go on with --trainer.resume {tmp_path / 'run'}" in error
     process = chaos.start("--trainer.resume", str(tmp_path / "run"))
-    chaos.wait_for_steps(process, 3)
+    chaos.wait_for_steps(process, STEPS_OF_EPOCH + 1)
     process.send_signal(signal.SIGINT)
     chaos.end(process)
     chaos.audit()
@@ -65,7 +67,7 @@ def test_a_controller_that_is_killed_is_started_again_as_often_as_max_failures_a
     assert f"go on with --trainer.resume {tmp_path / 'run'}" in printed
     assert "Traceback" not in printed
     process = chaos.start("--trainer.resume", str(tmp_path / "run"))
-    chaos.wait_for_steps(process, 3)
+    chaos.wait_for_steps(process, STEPS_OF_EPOCH + 1)
     process.send_signal(signal.SIGINT)
     chaos.end(process)
     chaos.audit()
