@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray._private.node
+import ray._private.worker
 import ray.data
 import ray.exceptions
 
@@ -70,6 +71,7 @@ def connected_ray() -> Iterator[bool]:
             # load Ray twice, and those that Ray starts in advance would be of no use.
             passed |= stack.enter_context(token_of_own_ray())
             with environment(passed), signals.kept():
+                stack.enter_context(without_the_raylet_s_log())
                 # Without "local" Ray would join whatever cluster was started last on this machine.
                 start_ray(
                     address="local",
@@ -97,6 +99,26 @@ def check_before_ray() -> None:
     else:
         check_token_path()
         check_address(os.environ["RAY_ADDRESS"])
+
+
+@contextlib.contextmanager
+def without_the_raylet_s_log() -> Iterator[None]:
+    """Keep Ray from printing the end of its raylet's log, twice, when the raylet of a Ray of ours dies.
+
+    Ray prints such errors whether its workers' output is printed or not, and the log says nothing of a kill. The
+    driver of a run says what died (`train.vitals`). Private to Ray 2.60; test: `test_what_a_run_cannot_live_without_…`.
+    """
+    printed = ray._private.worker.print_to_stdstream
+
+    def told(data: dict[str, Any], *arguments: Any, **settings: Any) -> None:
+        if not any(str(line).startswith("Raylet is terminated.") for line in data.get("lines", ())):
+            printed(data, *arguments, **settings)
+
+    ray._private.worker.print_to_stdstream = told
+    try:
+        yield
+    finally:
+        ray._private.worker.print_to_stdstream = printed
 
 
 def runtime_env_of(executable: str) -> dict[str, Any] | None:

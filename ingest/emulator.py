@@ -176,12 +176,19 @@ class EmbeddedServer:
                     ) from error
             time.sleep(0.02)
 
-    def check(self) -> None:
-        """Raise UnreachableError if the server has ended by itself."""
+    def check(self, advice: str = "start it again") -> None:
+        """Check that the server lives.
+
+        Args:
+            advice: what to do where it does not, as the message says it.
+
+        Raises:
+            UnreachableError: it has ended by itself.
+        """
         if self._process is not None and self._process.poll() is not None:
             raise UnreachableError(
                 f"expected the embedded server to go on at {self.url}, found it ended with status "
-                f"{self._process.returncode}; its log ends: {self.log_tail()!r}; start it again"
+                f"{self._process.returncode}; its log ends: {self.log_tail()!r}; {advice}"
             )
 
     def log_tail(self, limit_bytes: int = 2000) -> str:

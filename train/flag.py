@@ -40,6 +40,13 @@ class _Flag:
             tell("the run's stop flag died and was started again; whoever asked the run to stop asks it anew")
         self._reason: IngestError | None = None
         self._plan: Plan | None = None
+        self._failures = 0
+
+    def count_failure(self) -> None:
+        self._failures += 1
+
+    def failures(self) -> int:
+        return self._failures
 
     def note_plan(self, plan: Plan) -> None:
         self._plan = plan
@@ -88,6 +95,19 @@ def given_up(flag: Any | None) -> IngestError | None:
     """The first error that was noted by `give_up`."""
     reason: IngestError | None = None if flag is None else ray.get(flag.reason.remote())
     return reason
+
+
+def count_failure(flag: Any | None) -> None:
+    """Count a failure after which the run goes on: a controller that is started again must know of those before."""
+    if flag is not None:
+        with contextlib.suppress(ray.exceptions.RayError):  # it ended with the driver
+            ray.get(flag.count_failure.remote())
+
+
+def counted_failures(flag: Any | None) -> int:
+    """The failures after which the run went on. A flag that died has forgotten them, so that more are allowed."""
+    failures: int = 0 if flag is None else ray.get(flag.failures.remote())
+    return failures
 
 
 def note_plan(flag: Any | None, plan: Plan) -> None:

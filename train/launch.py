@@ -8,7 +8,7 @@ import functools
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,12 +41,13 @@ from .config import Recipe
 from .derive import derive, derived_line, warm_up_warning, with_cpus
 from .disk_full import disk_full
 from .finish import ending, leave_behind
-from .flag import make_flag
+from .flag import counted_failures, given_up, make_flag
 from .follow import following
 from .holdout import Holdout, RankData, save_held_out, split_of
 from .lease import Lease, LeaseGuard, held
 from .ledger import absolute_place
 from .loop import LoopJob, train_loop
+from .memory_killed import out_of_memory
 from .metrics import METRICS_FILE, MetricsWriter, Row, read_metrics
 from .monitor import start_monitor
 from .nodes import alive_nodes, check_visible, gpus_of_machine, with_readers
@@ -55,12 +56,13 @@ from .planned import datasets_of, most_together
 from .ray_compat import FailureCallback
 from .ray_record import drop_damaged_record
 from .report import epoch_table
-from .restarts import Restarts, process_died
+from .restarts import Restarts, controller_died, process_died
 from .resume_rules import Change, record
 from .run_folder import RECIPE_FILE, checks_of_run_dir, drop_cases_of_before, run_folder
 from .run_storage import storage_of
 from .stop import in_thread, on_signals
 from .tracking import reach, tracked
+from .vitals import Vitals, guarded, vitals_of_ray
 from .waits import why
 
 MANIFEST_FILE = "manifest.parquet"
@@ -128,13 +130,15 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
     with contextlib.ExitStack() as stack:
         recipe = dataclasses.replace(recipe, run_dir=run_dir)
         served = not recipe.data.images and not recipe.data.manifest
-        recipe = stack.enter_context(data_of(recipe, console))
+        vitals = Vitals()
+        recipe = stack.enter_context(data_of(recipe, console, vitals))
         composed: list[str] = []
         store = dataclasses.replace(recipe.data.store, run_id=recipe.data.store.run_id or uuid.uuid4().hex)
         unresolved = store
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, store=store))
         stack.callback(lambda: sweep_run(composed, store.run_id, store))  # after Ray's processes have ended
-        stack.enter_context(connected_ray())
+        here = stack.enter_context(connected_ray())
+        vitals.watch(vitals_of_ray(run_dir, here=here))
         nodes = alive_nodes()
         cpus = sum(node.resources.get("CPU", 0.0) for node in nodes)
         recipe = with_cpus(with_readers(recipe, nodes), cpus)
@@ -193,7 +197,10 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             tracked(tracking, recipe, run_dir, console, stopped) as mlflow_run,
             following(job, console, mlflow_run, stopped),
         ):
-            result = in_thread(lambda: fit(job, manifest, train, run_dir, holder, use_gpu=use_gpu, listing_s=listing_s))
+            trained = functools.partial(
+                fit, job, manifest, train, run_dir, holder, use_gpu=use_gpu, listing_s=listing_s
+            )
+            result = in_thread(lambda: guarded(trained, vitals), vitals.look)
             lease.require()
         rows = read_metrics(run_dir)
         console.print(epoch_table(rows))
@@ -248,17 +255,74 @@ def ask_to_stop(job: LoopJob, console: Console, lost: str | None = None) -> None
 
 
 def fit(
-    job: LoopJob, manifest: Manifest, train: Indices, run_dir: str, holder: str, *, use_gpu: bool, listing_s: float
+    job: LoopJob,
+    manifest: Manifest,
+    train: Indices,
+    run_dir: str,
+    holder: str,
+    *,
+    use_gpu: bool,
+    listing_s: float,
+    look: Callable[[], None] = lambda: None,
 ) -> ray.train.Result:
-    """Run the trainer; our own errors come out as they were raised, wherever that was."""
-    recipe = job.recipe
+    """Run the trainer, and again where Ray's controller died, as often as `max_failures` allows.
+
+    Our own errors come out as they were raised, wherever that was.
+
+    Args:
+        job: the run.
+        manifest: of all cases.
+        train: indices of those to train on.
+        run_dir: the run's folder or gs:// place.
+        holder: of the lease of the run's folder.
+        use_gpu: whether ranks take a GPU each.
+        listing_s: seconds that listing the cases took.
+        look: raises the error of what the run cannot live without, where that died.
+    """
+    while True:
+        before = counted_failures(job.stop_flag)
+        restarts = restarts_of(job, run_dir, before)
+        try:
+            return fit_once(job, manifest, train, restarts, holder, use_gpu=use_gpu, listing_s=listing_s)
+        except Exception as error:
+            ours = disk_full(error, job) or own_error(error)
+            ours = ours or out_of_memory(error, run_dir) or process_died(error, run_dir)
+            if controller_died(error):
+                look()  # it dies with the node, too
+                allowed = job.recipe.trainer.max_failures
+                failures = counted_failures(job.stop_flag)
+                goes_on = (allowed < 0 or failures < allowed) and given_up(job.stop_flag) is None
+                restarts_of(job, run_dir, failures)(error, goes_on)
+                if goes_on:
+                    continue
+            if ours is not None:
+                raise ours from error
+            raise
+
+
+def restarts_of(job: LoopJob, run_dir: str, before: int) -> Restarts:
+    """What tells of a run's failures and counts them, after so many."""
+    named = functools.partial(disk_full, job=job)
+    return Restarts(run_dir, job.recipe.trainer.max_failures, job.monitor, job.stop_flag, named, before)
+
+
+def fit_once(
+    job: LoopJob,
+    manifest: Manifest,
+    train: Indices,
+    restarts: Restarts,
+    holder: str,
+    *,
+    use_gpu: bool,
+    listing_s: float,
+) -> ray.train.Result:
+    """Run the trainer until Ray's controller ends; see `fit`."""
+    recipe, run_dir = job.recipe, job.run_dir
     ranks = recipe.trainer.num_workers
     storage = storage_of(run_dir, recipe.data.store)
     dropped = drop_damaged_record(run_dir, read_position(run_dir).checkpoint)
     if dropped is not None and job.monitor is not None:
         job.monitor.warn(dropped)
-    named = functools.partial(disk_full, job=job)
-    restarts = Restarts(run_dir, recipe.trainer.max_failures, job.monitor, job.stop_flag, named)
     writer = MetricsWriter(run_dir, job.monitor, listing_s)
     callbacks: list[Any] = [LeaseGuard(run_dir, holder), writer, FailureCallback(restarts)]  # in this order
     trainer = ray.train.torch.TorchTrainer(
@@ -277,19 +341,13 @@ def fit(
             name=storage.name,
             storage_path=storage.path,
             storage_filesystem=storage.filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=recipe.trainer.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=restarts.left),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.trainer.checkpoints_kept),
             callbacks=callbacks,
         ),
     )
-    try:
-        with environment({name: value for name, value in controller_settings().items() if name not in os.environ}):
-            return trainer.fit()
-    except Exception as error:
-        ours = disk_full(error, job) or own_error(error) or process_died(error, run_dir)
-        if ours is not None:
-            raise ours from error
-        raise
+    with environment({name: value for name, value in controller_settings().items() if name not in os.environ}):
+        return trainer.fit()
 
 
 def controller_settings() -> dict[str, str]:
@@ -328,8 +386,14 @@ def quarantined_of(data: DataConfig, run_dir: str) -> Indices | None:
 
 
 @contextlib.contextmanager
-def data_of(recipe: Recipe, console: Console) -> Iterator[Recipe]:
-    """The recipe with its URIs: the given ones, or, for a demo, those of cases made on the spot and served."""
+def data_of(recipe: Recipe, console: Console, vitals: Vitals | None = None) -> Iterator[Recipe]:
+    """The recipe with its URIs: the given ones, or, for a demo, those of cases made on the spot and served.
+
+    Args:
+        recipe: names the data, or how to make it.
+        console: is told what is made.
+        vitals: watches the server that is started.
+    """
     data = recipe.data
     if (data.images and data.labels) or data.manifest or (recipe.trainer.resume and recipe.demo is None):
         yield recipe
@@ -358,6 +422,8 @@ def data_of(recipe: Recipe, console: Console) -> Iterator[Recipe]:
     )
     with EmbeddedServer(data=root) as server, environment(server.env()):
         console.print(f"serving them at {server.url} as gs://{bucket}/{place}/")
+        if vitals is not None:
+            vitals.watch(functools.partial(server.check, f"go on with --trainer.resume {recipe.run_dir}"))
         yield dataclasses.replace(
             recipe,
             data=dataclasses.replace(

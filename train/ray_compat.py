@@ -46,6 +46,17 @@ def session_folder() -> str | None:
     return None if node is None else str(node.get_session_dir_path())
 
 
+def own_dead_processes() -> list[tuple[str, int, int]]:
+    """Ray's processes that this process started and that ended by themselves: name, pid and exit status of each.
+
+    Test: `test_a_raylet_that_is_killed_ends_the_run_with_one_message`.
+    """
+    node = getattr(ray._private.worker, "_global_node", None)
+    if node is None:
+        return []
+    return [(str(name), int(process.pid), int(process.returncode)) for name, process in node.dead_processes()]
+
+
 def recorded_checkpoints(record: bytes) -> list[str]:
     """The names of the checkpoints that Ray's record holds, which must all be there when Ray reads it.
 

@@ -14,7 +14,8 @@ from ingest.errors import IngestError
 from ingest.unwrap import own_error
 
 from .checkpoint import read_position
-from .flag import given_up
+from .flag import count_failure, given_up
+from .memory_killed import killed_for_memory
 from .monitor import Monitor
 
 LONGEST = 500  # characters of an error's words
@@ -30,6 +31,7 @@ class Restarts:
         monitor: Monitor | None,
         flag: Any | None,
         named: Callable[[BaseException], IngestError | None] = own_error,
+        before: int = 0,
     ) -> None:
         """Take what the lines are made of.
 
@@ -39,12 +41,18 @@ class Restarts:
             monitor: is told; None where nobody is.
             flag: the run's stop flag, which knows why starting again would not help.
             named: finds the error of ours in one of Ray's controller; those of ranks have been through it there.
+            before: failures of the run before this controller of Ray's.
         """
         self._run_dir, self._max_failures = run_dir, max_failures
         self._monitor, self._flag, self._named = monitor, flag, named
-        self._restarts = 0
+        self._restarts = before
         self._said = ""
         self._over = False
+
+    @property
+    def left(self) -> int:
+        """Failures that a new controller of Ray's may survive; -1 for any number."""
+        return -1 if self._max_failures < 0 else max(0, self._max_failures - self._restarts)
 
     def __call__(self, error: BaseException, goes_on: bool) -> None:
         """Tell of one failure.
@@ -53,13 +61,15 @@ class Restarts:
             error: Ray's.
             goes_on: whether Ray starts the ranks again.
         """
-        counts = isinstance(error, WorkerGroupError) and not _taken_away(error)
+        counts = controller_died(error) or (isinstance(error, WorkerGroupError) and not _taken_away(error))
         if goes_on and counts:
             self._restarts += 1
         if self._monitor is None or self._over:  # what a restart would meet again comes anew from Ray's controller
             return
         with contextlib.suppress(ray.exceptions.RayError):
             self._over = not goes_on or given_up(self._flag) is not None
+        if counts and not self._over:
+            count_failure(self._flag)
         line = f"{failure_in_words(error, goes_on, self._named)}; {self._then(goes_on, counts)}"
         if line != self._said:  # ranks that cannot start fail again every minute
             # Waited for, so that it is there when the run ends.
@@ -106,6 +116,8 @@ def failure_in_words(
         first = min(failures, key=lambda rank: (own_error(failures[rank]) is None, not _died(failures[rank]), rank))
         others = f" (with {_ranks(sorted(set(failures) - {first}))})" if len(failures) > 1 else ""
         return f"rank {first} failed{others}: {in_words(failures[first])}"
+    if controller_died(error):
+        return in_words(error)
     cause = getattr(error, "controller_failure", error)
     who = "the ranks could not start" if goes_on else "the controller of the run failed"
     return f"{who}: {in_words(named(cause) or cause)}"
@@ -116,6 +128,9 @@ def in_words(error: BaseException) -> str:
     ours = own_error(error)
     if ours is not None:
         return _first_line(str(ours)) or type(ours).__name__
+    killed = killed_for_memory(error)
+    if killed is not None:
+        return killed.words[:LONGEST]
     inner = getattr(error, "health_check_failure", error)
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
     if isinstance(inner, ray.exceptions.ActorDiedError):
@@ -142,9 +157,14 @@ def process_died(error: BaseException, run_dir: str) -> IngestError | None:
     who = failure_in_words(error) if isinstance(error, WorkerGroupError) else in_words(error)
     return IngestError(
         f"expected the processes of the run to live, found that {who}; look for what killed it (where memory ran out, "
-        f"`dmesg` says so), then go on with --trainer.resume {run_dir}; with --trainer.max-failures N, ranks are "
-        "started again without being asked"
+        f"`dmesg` says so), then go on with --trainer.resume {run_dir}; with --trainer.max-failures N, ranks and their "
+        "controller are started again without being asked"
     )
+
+
+def controller_died(error: BaseException) -> bool:
+    """Whether the process of Ray's controller died: Ray starts only ranks again, never their controller."""
+    return isinstance(error, ray.exceptions.ActorDiedError) and "TrainController" in str(error)
 
 
 def _died(error: BaseException) -> bool:

@@ -106,8 +106,13 @@ def on_signals(ask: Callable[[], None]) -> Iterator[Stopped]:
         yield stopped
 
 
-def in_thread(work: Callable[[], T]) -> T:
-    """Run `work` on another thread, so that the main one is free for signals; its result or its exception."""
+def in_thread(work: Callable[[], T], look: Callable[[], None] = lambda: None) -> T:
+    """Run `work` on another thread, so that the main one is free for signals; its result or its exception.
+
+    Args:
+        work: to be done.
+        look: called all the while; what it raises is raised here at once, and `work` is left to itself.
+    """
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -120,6 +125,7 @@ def in_thread(work: Callable[[], T]) -> T:
     thread = threading.Thread(target=target, name="fit", daemon=True)
     thread.start()
     while thread.is_alive():
+        look()
         time.sleep(0.1)  # join() would keep signal handlers from running until it returns
     if errors:
         raise errors[0]

@@ -2,9 +2,9 @@
 
 By hand, from the repository: `python -m tests.integration.chaos --minutes 10 --seed 1`. It makes a small demo run with
 a ledger. When the run has taken a few steps, it kills one of its processes: a rank, a data worker, the coordinator that
-deals out blocks, the controller, the monitor, the quarantine, the embedded server, or the driver. The run either goes
-on by itself or ends; a run that ended is resumed. At the end the run is asked to stop, and the audit must find nothing
-lost and nothing doubled.
+deals out blocks, the controller, the monitor, the quarantine, the embedded server, the driver, or one of Ray's own. The
+run either goes on by itself or ends; a run that ended is resumed. At the end the run is asked to stop, and the audit
+must find nothing lost and nothing doubled.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ TARGETS = {
     "quarantine": r"^ray::QuarantineBook",
     "server": r"fake-gcs-server",
     "driver": r"-m train run",
+    "raylet": r"raylet/raylet --",
+    "gcs": r"gcs/gcs_server --",
 }
 """By name: what the command line of such a process matches; Ray gives its workers titles."""
 

@@ -45,7 +45,7 @@ class WithEnvironment:  # Ray starts the process of such an actor by a line of a
 with connected_ray() as here:
     ours = [each.command for each in processes().values() if each.parent == os.getpid()]
     for name in ("raylet/raylet", "gcs/gcs_server"):
-        print(name, sum(name in command.split()[0] for command in ours))
+        print(name, sum(name in command.partition(" --")[0] for command in ours))
     actor = WithEnvironment.options(runtime_env={{"env_vars": {{"ANY": "1"}}}}).remote()
     print("space", " " in ray.get(actor.interpreter.remote(), timeout=100))
     print("token", len(ray.get(token.remote())), os.environ.get("RAY_AUTH_TOKEN"))

@@ -189,3 +189,59 @@ def test_an_error_is_not_hidden_by_a_stop_flag_that_is_gone():
         raise DiedError("_Flag")
 
     give_up(SimpleNamespace(give_up=SimpleNamespace(remote=remote)), ConfigError("expected A, found B"))
+
+
+CONTROLLER = DiedError("TrainController")
+
+
+class Flag:
+    """A stop flag in this process, which counts failures."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def count(self, flag: object) -> None:
+        assert flag is self
+        self.failures += 1
+
+
+@pytest.fixture
+def flag(monkeypatch):
+    flag = Flag()
+    monkeypatch.setattr(restarts, "count_failure", flag.count)
+    monkeypatch.setattr(restarts, "given_up", lambda flag: None)
+    return flag
+
+
+def test_a_controller_that_died_counts_as_a_failure_with_those_of_ranks_before_it(at_step_40, flag):
+    told = Told()
+    first = Restarts(at_step_40, 2, told, flag)
+    first(ranks_failed(r0=ValueError("one")), True)
+    second = Restarts(at_step_40, 2, told, flag, before=flag.failures)
+    assert second.left == 1
+    second(CONTROLLER, True)
+    third = Restarts(at_step_40, 2, told, flag, before=flag.failures)
+    assert third.left == 0
+    third(CONTROLLER, False)
+    assert flag.failures == 2
+    died = "the process of TrainController died, pid 5900: Worker unexpectedly exits with a connection error code 2."
+    assert told.lines == [
+        "rank 0 failed: ValueError: one; restarting from step 40, 1 of 2",
+        f"{died} End of file; restarting from step 40, 2 of 2",
+        f"{died} End of file; the run ends, as --trainer.max-failures is 2",
+    ]
+
+
+def test_without_a_limit_a_new_controller_has_none(at_step_40, flag):
+    assert Restarts(at_step_40, -1, Told(), flag, before=7).left == -1
+
+
+def test_a_node_that_is_taken_away_is_not_counted_for_a_new_controller(at_step_40, flag):
+    Restarts(at_step_40, 2, Told(), flag)(ranks_failed(r0=HealthCheckError(DiedError(preempted=True))), True)
+    assert flag.failures == 0
+
+
+def test_only_the_controller_s_own_death_is_taken_for_it():
+    assert restarts.controller_died(CONTROLLER)
+    assert not restarts.controller_died(DiedError("RayTrainWorker"))
+    assert not restarts.controller_died(ControllerError(ValueError("TrainController")))
