@@ -54,6 +54,7 @@ class Row(NamedTuple):
         around: makes the environment: is given the scratch folder, and yields variables for the command. A variable
             that is empty is removed.
         costly: whether only `--all` runs it.
+        never: texts that its output must not have, beside those of all rows.
     """
 
     name: str
@@ -62,10 +63,13 @@ class Row(NamedTuple):
     status: int = 0
     around: Callable[[Path], contextlib.AbstractContextManager[dict[str, str]]] | None = None
     costly: bool = False
+    never: tuple[str, ...] = ()
 
 
 NEVER = ("Traceback", "Fatal Python error", "core_worker.cc")
 """What no user should see, whatever the environment."""
+MADE = ("making or finding",)
+"""Printed when a demo makes its data: a refusal must come before."""
 
 
 def _with(**variables: str) -> Callable[[Path], contextlib.AbstractContextManager[dict[str, str]]]:
@@ -79,6 +83,12 @@ def _with(**variables: str) -> Callable[[Path], contextlib.AbstractContextManage
 def _need_root() -> None:
     if os.geteuid() != 0:
         raise CannotError("only root can make it")
+
+
+@contextlib.contextmanager
+def _root(_folder: Path) -> Iterator[dict[str, str]]:
+    _need_root()
+    yield {}
 
 
 @contextlib.contextmanager
@@ -99,13 +109,12 @@ def _user_modules(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def _spaced(folder: Path) -> Iterator[dict[str, str]]:
-    """Our environment in a folder whose name has a space."""
-    python = folder / "My Projects" / "venv"
-    try:
-        shutil.copytree(BIN.parent, python, symlinks=True, copy_function=os.link)
-    except OSError as error:
-        raise CannotError(f"the environment cannot be linked: {error}") from error
-    yield {"SPACED": str(python)}
+    """Our environment, and the folder of temporary files, in folders whose names have a space."""
+    environment, temporary = folder / "My Projects" / "venv", folder / "a b"
+    environment.parent.mkdir()
+    environment.symlink_to(BIN.parent)
+    temporary.mkdir()
+    yield {"SPACED": str(environment), "TMPDIR": str(temporary)}
 
 
 @contextlib.contextmanager
@@ -208,19 +217,28 @@ ROWS = [
         (r"train\.py",),
         status=1,
         around=_user_modules,
+        never=MADE,
     ),
-    Row("space-in-path", f'"$SPACED/bin/python" -m train {RUN.removeprefix("voxflux ")}', ("space",), 1, _spaced),
-    Row("long-tmpdir", RUN, ("TMPDIR",), 1, _long_folder),
-    Row("small-tmpdir", RUN, ("TMPDIR",), 1, _small_tmp),
-    Row("address-garbage", RUN, ("RAY_ADDRESS",), 1, _with(RAY_ADDRESS="no address at all")),
-    Row("address-dead-port", RUN, ("RAY_ADDRESS",), 1, _dead_port),
-    Row("address-dashboard", RUN, ("dashboard",), 1, _dashboard),
+    Row("long-tmpdir", RUN, ("bytes in TMPDIR", "set RAY_TMPDIR"), 1, _long_folder, never=MADE),
+    Row("small-tmpdir", RUN, ("expected 100 MiB free for Ray's session",), 1, _small_tmp, never=MADE),
+    Row("100-files", f"ulimit -n 100; {RUN}", ("expected that a process may open 256 files",), 1, never=MADE),
+    Row("address-garbage", RUN, ("expected RAY_ADDRESS=HOST:PORT",), 1, _with(RAY_ADDRESS="no address"), never=MADE),
+    Row("address-dead-port", RUN, ("nothing takes a connection there",), 1, _dead_port, never=MADE),
+    Row("address-dashboard", RUN, ("expected RAY_ADDRESS=HOST:PORT",), 1, _dashboard, never=MADE),
     Row(
         "relative-token",
         RUN,
-        ("RAY_AUTH_TOKEN_PATH",),
+        ("expected an absolute path in RAY_AUTH_TOKEN_PATH",),
         1,
         _with(RAY_ADDRESS="127.0.0.1:6379", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH="./token"),
+        never=MADE,
+    ),
+    Row(
+        "relative-token-submit",
+        RUN.replace(" run ", " submit "),
+        ("expected an absolute path in RAY_AUTH_TOKEN_PATH",),
+        1,
+        _with(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH="./token"),
     ),
     Row("dead-proxy", INSPECT, ("2 cases",), around=_buckets_behind_a_dead_proxy),
     Row(
@@ -231,16 +249,26 @@ ROWS = [
     ),
     Row(
         "nameless-user",
-        f"setpriv --reuid 12345 --regid 12345 --clear-groups env PATH=$PATH {RUN}",
+        # The capability lets the user read an interpreter that lies below another's home, as root's pyenv does.
+        "umask 077; setpriv --reuid 12345 --regid 12345 --clear-groups --inh-caps +dac_read_search "
+        f'--ambient-caps +dac_read_search env "PATH=$PATH" {RUN}; test -z "$(find runs -type f -perm /077)"',
         ("checkpoint: ",),
         around=_nameless,
     ),
+    Row(
+        "space-in-path",
+        f'"$SPACED/bin/python" -m train {RUN.removeprefix("voxflux ")}',
+        ("checkpoint: ",),
+        around=_spaced,
+        costly=True,
+    ),
     Row("demo-behind-a-dead-proxy", RUN, ("checkpoint: ",), around=_dead_proxy, costly=True),
-    Row("256-files", f"ulimit -n 256; {RUN}", ("checkpoint: ",), costly=True),
+    Row("256-files", f"ulimit -n 256; {RUN}", ("may open 256 files here", "checkpoint: "), costly=True),
     Row(
         "small-shm",
-        f"unshare --mount sh -c 'mount -t tmpfs -o size=32m none /dev/shm; {RUN}'",
-        ("checkpoint: ",),
+        f"unshare --mount bash -c 'mount -t tmpfs -o size=64m tmpfs /dev/shm; {RUN}'",
+        ("/dev/shm has 64 MiB", "checkpoint: "),
+        around=_root,
         costly=True,
     ),
 ]
@@ -284,7 +312,7 @@ def _judged(row: Row, folder: Path, env: dict[str, str]) -> str | None:
     if process.returncode != row.status:
         wrong.append(f"expected exit status {row.status}, found {process.returncode}")
     wrong += [f"expected {words!r} in the output" for words in row.prints if not re.search(words, output)]
-    wrong += [f"expected no {words!r} in the output" for words in NEVER if words in output]
+    wrong += [f"expected no {words!r} in the output" for words in (*NEVER, *row.never) if words in output]
     return "\n".join([*wrong, output]) if wrong else None
 
 
