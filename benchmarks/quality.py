@@ -86,7 +86,9 @@ def scored(config: QualityConfig, row: Row) -> dict[str, Any]:
     store = open_store(config.run_dir)
     found = [entry for entry in store.list(name) if entry.name == name]
     if not found:
-        raise ConfigError(f"expected the scores by case of epoch {row['epoch']} in {store.uri_of(name)}, found none")
+        raise ConfigError(
+            f"expected the scores by case of epoch {row['epoch'] + 1} in {store.uri_of(name)}, found none"
+        )
     by_case = pq.read_table(io.BytesIO(store.fetch(found)[0])).to_pydict()
     columns = [column for column in by_case if column.startswith("dice_")]
     if len(columns) != len(config.classes):

@@ -523,7 +523,7 @@ class DigestConfig:
     """(D, H, W) of the patch, in voxels."""
 
     epochs: int = 1
-    """How many epochs, from 0."""
+    """How many epochs, from the first."""
 
     seed: int = 0
     """Of the order and the transforms."""
@@ -576,7 +576,7 @@ def digest(config: DigestConfig, console: Console) -> int:
                     if ours is None:
                         raise
                     raise ours from error
-                console.print(f"epoch {epoch}: {sum(e == epoch for e, _ in found)} samples")
+                console.print(f"epoch {epoch + 1}: {sum(e == epoch for e, _ in found)} samples")
     finally:
         if choice.transport == "compose":
             sweep_run((data.images, data.labels), data.store.run_id, data.store)

@@ -27,7 +27,7 @@ def digest_batch(batch: Mapping[str, npt.NDArray[Any]], into: Digests) -> None:
         batch["epoch"].tolist(), batch["index"].tolist(), batch["image"], batch["label"], strict=True
     ):
         if (epoch, index) in into:
-            raise ValueError(f"expected each case once an epoch, found case {index} of epoch {epoch} twice")
+            raise ValueError(f"expected each case once an epoch, found case {index} of epoch {epoch + 1} twice")
         digest = hashlib.sha256(np.int64(index).astype("<i8").tobytes())
         for array in (image, label):
             digest.update(repr((array.dtype.str, array.shape)).encode())

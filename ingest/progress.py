@@ -66,7 +66,7 @@ def join(parts: Iterable[EpochPart]) -> EpochPart:
     listed = list(parts)
     epochs = {part.epoch for part in listed}
     if len(epochs) != 1:
-        raise ValueError(f"expected parts of one epoch, found {sorted(epochs)}")
+        raise ValueError(f"expected parts of one epoch, found {[epoch + 1 for epoch in sorted(epochs)]}")
     indices = np.concatenate([part.indices for part in listed])
     unique, counts = np.unique(indices, return_counts=True)
     if len(unique) != len(indices):
@@ -105,8 +105,9 @@ class EpochRecorder:
         again = indices[self._seen[indices]]
         if len(again) or len(np.unique(indices)) != len(indices):
             raise RuntimeError(
-                f"expected each case once in epoch {self.epoch}, found {again[:5].tolist()} again: the checkpoint that "
-                "the data were planned from is not the one that the model was restored from; report this with the log"
+                f"expected each case once in epoch {self.epoch + 1}, found {again[:5].tolist()} again: the checkpoint "
+                "that the data were planned from is not the one that the model was restored from; report this with the "
+                "log"
             )
         self._seen[indices] = True
         self._mine[indices] = True

@@ -30,5 +30,5 @@ def test_any_other_sample_gives_another_fingerprint(other):
 
 
 def test_a_sample_that_comes_twice_is_an_error():
-    with pytest.raises(ValueError, match="found case 1 of epoch 0 twice"):
+    with pytest.raises(ValueError, match="found case 1 of epoch 1 twice"):
         fingerprint(batch(0, 1), batch(1))

@@ -49,7 +49,7 @@ def test_one_rank_keeps_what_was_done_before_and_the_others_only_their_own():
 @pytest.mark.parametrize("again", [indices(7), indices(0, 0)])
 def test_a_case_that_comes_again_is_refused(again):
     recorder = EpochRecorder(3, 10, EpochPart(3, indices(7, 8)))
-    with pytest.raises(RuntimeError, match="expected each case once in epoch 3"):
+    with pytest.raises(RuntimeError, match="expected each case once in epoch 4"):
         recorder.add(again, 0.0)
 
 

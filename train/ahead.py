@@ -129,9 +129,9 @@ class EpochBatches(Generic[T]):
             batch = next(batches, None)
             if batch is None and len(execution) > 1 and taken <= steps:
                 raise RuntimeError(
-                    f"expected {steps} batches of epoch {epoch}, since epochs {execution.start} to {execution[-1]} are "
-                    f"read on end, found {taken - 1}: Ray shares blocks out otherwise than 2.60 does; install the Ray "
-                    "of constraints.txt, or give --data.shards.execution-cases 1"
+                    f"expected {steps} batches of epoch {epoch + 1}, since epochs {execution.start + 1} to "
+                    f"{execution.stop} are read on end, found {taken - 1}: Ray shares blocks out otherwise than 2.60 "
+                    "does; install the Ray of constraints.txt, or give --data.shards.execution-cases 1"
                 )
             if batch is None:
                 break
@@ -161,9 +161,10 @@ class EpochBatches(Generic[T]):
             self.begin(epoch)
         due = self.begun if self._reading is None else self._reading[0]
         if due != epoch:
-            wanted = "the first of an execution" if due is None else due
+            wanted = "the first of an execution" if due is None else due + 1
             raise ValueError(
-                f"expected epochs one after the other, found {epoch} asked for where {wanted} is due; ask for it first"
+                f"expected epochs one after the other, found {epoch + 1} asked for where {wanted} is due; ask for that "
+                "first"
             )
         if self._reading is not None:
             batches, self._reading = self._reading[1], None

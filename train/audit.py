@@ -21,6 +21,7 @@ from .checkpoint import Position, read_position
 from .config import Recipe, from_json
 from .holdout import split_of
 from .ledger import read_ledger
+from .long_table import add_chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,14 +217,14 @@ def replay(
     in_ledger = set(trained.get(position.epoch, Counter()))
     if before != in_ledger:
         problems.append(
-            f"the last checkpoint covers {len(before)} cases of epoch {position.epoch}, the ledger {len(in_ledger)}"
+            f"the last checkpoint covers {len(before)} cases of epoch {position.epoch + 1}, the ledger {len(in_ledger)}"
         )
     epochs: list[EpochAudit] = []
     for epoch in sorted(trained):
         counts = trained[epoch]
         strangers = sorted(set(counts) - candidates)
         if strangers:
-            problems.append(f"epoch {epoch} trained on cases that are held out or unknown: {strangers[:5]}")
+            problems.append(f"epoch {epoch + 1} trained on cases that are held out or unknown: {strangers[:5]}")
         left = sorted(candidates - set(counts) - quarantined)
         finished = epoch < position.epoch
         lost = left if finished and len(left) >= step_cases[epoch] else []
@@ -241,7 +242,7 @@ def replay(
         )
     missing = sorted(set(range(min(position.epoch, recipe.trainer.epochs))) - set(trained))
     if missing:
-        problems.append(f"epochs without a single step: {missing}")
+        problems.append(f"epochs without a single step: {[epoch + 1 for epoch in missing]}")
     return Audit(epochs, len(attempts), rolled_back, problems)
 
 
@@ -255,13 +256,16 @@ def _quarantined(run_dir: str) -> set[int]:
 
 
 def audit_table(found: Audit) -> Table:
-    """The audit, a row an epoch."""
+    """The audit, a row an epoch, counted from 1; of many epochs the first, the last, and those with lost cases."""
     table = Table(title=f"{found.attempts} starts, {found.rolled_back} steps rolled back")
     for heading in ("epoch", "cases", "trained once", "more than once", "never", "quarantined", "tail", "finished"):
         table.add_column(heading, justify="right")
-    for epoch in found.epochs:
-        table.add_row(
-            *map(str, (epoch.epoch, epoch.cases, epoch.once, len(epoch.more), len(epoch.never))),
+    cells = [
+        (
+            *map(str, (epoch.epoch + 1, epoch.cases, epoch.once, len(epoch.more), len(epoch.never))),
             *map(str, (epoch.quarantined, epoch.tail, "yes" if epoch.finished else "no")),
         )
+        for epoch in found.epochs
+    ]
+    add_chosen(table, cells, [at for at, epoch in enumerate(found.epochs) if epoch.more or epoch.never])
     return table

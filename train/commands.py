@@ -54,19 +54,23 @@ def run_recipe(arguments: list[str]) -> int:
     if scored:
         last = scored[-1]
         console.print(
-            f"mean Dice on {last['scored']} held-out cases after epoch {last['epoch']}: {last['mean_dice']:.4f}"
+            f"mean Dice on {last['scored']} held-out cases after epoch {last['epoch'] + 1}: {last['mean_dice']:.4f}"
         )
     threshold = recipe.trainer.quality_threshold
     if threshold is not None:
         row = reached(outcome.rows, threshold, recipe.trainer.epochs)
         said = (
-            f"not reached in {recipe.trainer.epochs} epochs" if row is None else f"reached after epoch {row['epoch']}"
+            f"not reached in {recipe.trainer.epochs} epochs"
+            if row is None
+            else f"reached after epoch {row['epoch'] + 1}"
         )
         console.print(f"quality threshold {threshold:g}: {said}")
     console.print(f"checkpoint: {outcome.checkpoint}")
     best = max(scored, key=lambda row: (row["mean_dice"], -row["epoch"]), default=None)
     if best is not None:
-        console.print(f"best:       {outcome.run_dir}/best (epoch {best['epoch']}, mean Dice {best['mean_dice']:.4f})")
+        console.print(
+            f"best:       {outcome.run_dir}/best (epoch {best['epoch'] + 1}, mean Dice {best['mean_dice']:.4f})"
+        )
     console.print(f"metrics:    {outcome.run_dir}/metrics.json")
     if outcome.page is not None:
         console.print(f"page:       {outcome.page}")

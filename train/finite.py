@@ -74,8 +74,8 @@ def stop_run(
         found = f"a gradient that is not finite (norm {norms[0]}), with a finite loss for each of its cases"
     more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
     raise NonFiniteError(
-        f"expected a finite loss and gradient in step {step}, epoch {epoch} (learning rate {rate:g}), found {found}: "
-        f"{', '.join(named[:NAMED])}{more}; look at the cases in {run_dir}/{NONFINITE_FILE}, then go "
+        f"expected a finite loss and gradient in step {step}, epoch {epoch + 1} (learning rate {rate:g}), found "
+        f"{found}: {', '.join(named[:NAMED])}{more}; look at the cases in {run_dir}/{NONFINITE_FILE}, then go "
         f"on by --trainer.resume {run_dir} with a lower --optimizer.learning-rate than {rate:g}, with "
         "--optimizer.clip-norm, or with --trainer.precision fp32",
         named,

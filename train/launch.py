@@ -232,7 +232,7 @@ def announce(job: LoopJob, split: Split, console: Console, *, use_gpu: bool, res
         position = read_position(job.run_dir)
         at = f"epoch {position.epoch + 1}, step {position.step}, {len(position.before.indices)} cases of it done"
         if position.unscored is not None:
-            at = f"step {position.step}, epoch {position.epoch} is trained and is finished now"
+            at = f"step {position.step}, epoch {position.epoch + 1} is trained and is finished now"
         place = "the start" if position.checkpoint is None else f"{job.run_dir}/{position.checkpoint}"
         console.print(f"going on from {place}: {at}")
 

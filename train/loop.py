@@ -353,7 +353,7 @@ class RankLoop:
         cases, loss_sum, steps = (sum(values) for values in zip(*everyones, strict=True))
         if steps == 0:
             raise ConfigError(
-                f"expected at least one step of {self.recipe.trainer.step_batch} samples a rank in epoch {epoch}, "
+                f"expected at least one step of {self.recipe.trainer.step_batch} samples a rank in epoch {epoch + 1}, "
                 f"found {self.job.train_cases} cases for {self.world_size} ranks; lower --trainer.batch-size or "
                 "--trainer.accumulate, or add cases"
             )
@@ -469,9 +469,9 @@ def remainder(cases: int, trained: int, quarantined: int, step_cases: int, epoch
     left = max(0, cases - trained - quarantined)
     if left >= step_cases:
         raise RuntimeError(
-            f"expected fewer than {step_cases} cases left out of epoch {epoch}, one step over all ranks, found {left}: "
-            f"{cases} to train on, {trained} trained on, {quarantined} in quarantine; a block of samples was lost: go "
-            "on with --trainer.resume, and report this with the log"
+            f"expected fewer than {step_cases} cases left out of epoch {epoch + 1}, one step over all ranks, found "
+            f"{left}: {cases} to train on, {trained} trained on, {quarantined} in quarantine; a block of samples was "
+            "lost: go on with --trainer.resume, and report this with the log"
         )
     return left
 
@@ -480,8 +480,8 @@ def check_epoch(found: Sequence[int], epoch: int) -> None:
     """Hold Ray Data's count of executions, which is private, and how it deals out blocks to the plan."""
     if list(found) != [epoch]:
         raise RuntimeError(
-            f"expected samples of epoch {epoch}, found some of {list(found)}: Ray counts executions of a data set, or "
-            "deals out blocks, otherwise than 2.60 does; take the Ray of constraints.txt"
+            f"expected samples of epoch {epoch + 1}, found some of {[each + 1 for each in found]}: Ray counts "
+            "executions of a data set, or deals out blocks, otherwise than 2.60 does; take the Ray of constraints.txt"
         )
 
 

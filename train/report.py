@@ -1,7 +1,8 @@
 """What a run shows of itself: the table by epoch, the curves, and a held-out slice.
 
 A row is a dict of `metrics.json`: `epoch, train_loss, mean_dice, learning_rate, samples_per_s, first_batch_s,
-stall_share, au`; any of them may be missing or None (an epoch without validation, one step).
+stall_share, au`; any of them may be missing or None (an epoch without validation, one step). Rows count epochs from 0,
+tables and pictures from 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from rich.table import Table
 from ingest.errors import ConfigError
 from ingest.overlay import COLOURS, add_legend, draw_slice, informative_slice, save_figure
 
+from .long_table import add_chosen
+
 Row = Mapping[str, Any]
+MUCH_STALL = 0.5  # share of an epoch
 
 # Field of the row, heading, how a number is written.
 _COLUMNS = (
@@ -42,14 +46,28 @@ def epoch_table(rows: Sequence[Row]) -> Table:
         rows: One a finished epoch, in order.
 
     Returns:
-        A table to print with rich; stall and AU in per cent.
+        A table to print with rich; stall and AU in per cent. Of many epochs it has the first, the last, the best, and
+        those with a problem: a loss that is not known, or a stall of more than half of the time.
     """
     table = Table(title="Training by epoch")
     for _, heading, _ in _COLUMNS:
         table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*(_written(row.get(field), form) for field, _, form in _COLUMNS))
+    shown = [from_one(row) for row in rows]
+    cells = [tuple(_written(row.get(field), form) for field, _, form in _COLUMNS) for row in shown]
+    scored = [at for at, row in enumerate(rows) if _is_number(row.get("mean_dice"))]
+    best = max(scored, key=lambda at: (rows[at]["mean_dice"], -at), default=None)
+    add_chosen(table, cells, [at for at, row in enumerate(rows) if _has_problem(row)], best)
     return table
+
+
+def from_one(row: Row) -> Row:
+    """Return the row with its epoch counted from 1, as people read it."""
+    return {**row, "epoch": row["epoch"] + 1} if _is_number(row.get("epoch")) else row
+
+
+def _has_problem(row: Row) -> bool:
+    stall: Any = row.get("stall_share")
+    return not _is_number(row.get("train_loss")) or (_is_number(stall) and stall > MUCH_STALL)
 
 
 def plot_curves(rows: Sequence[Row], path: Path | str) -> None:
@@ -66,7 +84,9 @@ def plot_curves(rows: Sequence[Row], path: Path | str) -> None:
         strict=True,
     ):
         points = [
-            (row["epoch"], row[field]) for row in rows if _is_number(row.get("epoch")) and _is_number(row.get(field))
+            (row["epoch"] + 1, row[field])
+            for row in rows
+            if _is_number(row.get("epoch")) and _is_number(row.get(field))
         ]
         axes.plot([epoch for epoch, _ in points], [value for _, value in points], marker="o", ms=3, color=colour)
         axes.set_xlabel("epoch")

@@ -72,7 +72,7 @@ def test_scores_that_are_not_those_which_the_run_reported_are_refused(tmp_path: 
     with pytest.raises(ConfigError, match=r"expected the mean Dice that the run reported, 0\.75.*found 0\.7525"):
         run(QualityConfig(run_dir=str(folder)), Console(quiet=True))
     (folder / "scores" / "epoch-00002.parquet").unlink()
-    with pytest.raises(ConfigError, match=r"scores by case of epoch 2 .*found none"):
+    with pytest.raises(ConfigError, match=r"scores by case of epoch 3 .*found none"):
         run(QualityConfig(run_dir=str(folder)), Console(quiet=True))
 
 

@@ -201,7 +201,7 @@ def test_a_run_holds_out_a_list_and_goes_on_with_the_one_it_began_with(places, t
         *("--trainer.quality-threshold", "1e-5", "--trainer.ledger", str(ledger)),
     ]
     assert main(["run", "kits19-small", *options, "--run-dir", str(run_dir)]) == 0
-    assert "quality threshold 1e-05: reached after epoch 0" in capsys.readouterr().out
+    assert "quality threshold 1e-05: reached after epoch 1" in capsys.readouterr().out
     scores = pq.read_table(run_dir / "scores" / "epoch-00000.parquet")
     assert scores["case_id"].to_pylist() == ["case_00003", "case_00007", "case_00050"]
     found = audit(str(run_dir))

@@ -195,7 +195,7 @@ def test_epochs_out_of_turn_are_refused():
     data = Data(batches=1)
     epochs = epochs_of(data, epochs=3)
     epochs.begin(0)
-    with pytest.raises(ValueError, match="one after the other, found 1"):
+    with pytest.raises(ValueError, match="one after the other, found 2"):
         next(epochs.of(1, 1))
 
 
@@ -245,17 +245,17 @@ def test_an_epoch_that_is_too_short_for_its_execution_is_an_error_and_no_epoch_o
     data = Data(batches=5)
     epochs = epochs_of(data, epochs=2, together=2)
     assert len(list(epochs.of(0, 3))) == 3
-    with pytest.raises(RuntimeError, match=r"expected 3 batches of epoch 1, since epochs 0 to 1 .* found 2"):
+    with pytest.raises(RuntimeError, match=r"expected 3 batches of epoch 2, since epochs 1 to 2 .* found 2"):
         list(epochs.of(1, 3))
     epochs = epochs_of(Data(batches=5), epochs=2, together=2)
-    with pytest.raises(RuntimeError, match=r"expected 6 batches of epoch 0, since epochs 0 to 1 .* found 5"):
+    with pytest.raises(RuntimeError, match=r"expected 6 batches of epoch 1, since epochs 1 to 2 .* found 5"):
         list(epochs.of(0, 6))
 
 
 def test_an_epoch_within_an_execution_is_not_skipped():
     epochs = epochs_of(Data(batches=9), epochs=3, together=3)
     list(epochs.of(0, 3))
-    with pytest.raises(ValueError, match="one after the other, found 2 asked for where 1 is due"):
+    with pytest.raises(ValueError, match="one after the other, found 3 asked for where 2 is due"):
         next(epochs.of(2, 3))
 
 
@@ -263,7 +263,7 @@ def test_what_is_left_of_an_execution_is_not_skipped_for_the_next():
     data = Data(batches=9)
     epochs = epochs_of(data, epochs=4, together=2)
     list(epochs.of(0, 3))
-    with pytest.raises(ValueError, match="found 2 asked for where 1 is due"):
+    with pytest.raises(ValueError, match="found 3 asked for where 2 is due"):
         next(epochs.of(2, 3))
     assert data.begun == [TURNS[0]]
 

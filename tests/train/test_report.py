@@ -48,8 +48,55 @@ def test_the_table_has_a_line_an_epoch_with_its_units() -> None:
 
 
 def test_the_table_shows_a_dash_for_what_an_epoch_lacks() -> None:
-    line = next(line for line in printed(epoch_table([{"epoch": 4}])).splitlines() if " 4 " in line)
+    line = next(line for line in printed(epoch_table([{"epoch": 4}])).splitlines() if " 5 " in line)
     assert line.count(" - ") == 7
+
+
+def epochs_of(text: str) -> list[int]:
+    cells = [line.split("│")[1].strip() for line in text.splitlines() if line.count("│") > 2]
+    return [int(cell) for cell in cells if cell.isdigit()]
+
+
+def test_the_table_counts_epochs_from_1() -> None:
+    assert epochs_of(printed(epoch_table(rows(3)))) == [1, 2, 3]
+
+
+def test_a_table_of_40_epochs_is_printed_whole() -> None:
+    text = printed(epoch_table(rows(40)))
+    assert epochs_of(text) == list(range(1, 41))
+    assert "of 40 epochs" not in text
+
+
+def test_a_longer_table_has_the_first_the_last_the_best_and_those_with_problems() -> None:
+    many = rows(512)
+    many[99]["mean_dice"] = 0.99
+    many[199]["train_loss"] = None
+    many[299]["stall_share"] = 0.6
+    text = printed(epoch_table(many))
+    assert epochs_of(text) == [1, 2, 3, 4, 5, 100, 200, 300, 508, 509, 510, 511, 512]
+    assert "13 of 512 epochs: the first and last 5, the best, those with problems" in text
+
+
+def test_a_long_table_full_of_problems_stays_short_and_says_how_many_there_are() -> None:
+    many = [{**row, "train_loss": None, "mean_dice": None} for row in rows(512)]
+    text = printed(epoch_table(many))
+    assert epochs_of(text) == [*range(1, 21), *range(508, 513)]
+    assert "25 of 512 epochs: the first and last 5, those with problems (the first 20 of 512)" in " ".join(text.split())
+
+
+def test_a_row_of_the_best_names_the_first_of_equals() -> None:
+    many = [{**row, "mean_dice": 0.5} for row in rows(100)]
+    assert epochs_of(printed(epoch_table(many))) == [1, 2, 3, 4, 5, 96, 97, 98, 99, 100]
+
+
+def test_curves_count_epochs_from_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("train.report.save_figure", lambda figure, path: drawn.append(figure))
+    plot_curves(rows(4), tmp_path / "curves.png")
+    loss, dice = drawn[0].axes
+    assert loss.lines[0].get_xdata().tolist() == [1, 2, 3, 4]
+    assert dice.lines[0].get_xdata().tolist() == [1, 2, 4]
+    assert dice.get_title().endswith("at epoch 4")
 
 
 def test_curves_become_a_png(tmp_path: Path) -> None:
