@@ -23,6 +23,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from .errors import ConfigError, IngestError, MissingDependencyError, UnreachableError
+from .proxies import DIRECT, bypass_for_loopback
 from .signals import ending_signals, handling
 from .terminal import drop_lost_output
 
@@ -107,6 +108,7 @@ class EmbeddedServer:
         if self._process is not None:
             raise IngestError(f"expected a stopped server, found one at {self.url}; stop it first")
         binary = server_binary()
+        bypass_for_loopback()  # of whoever talks to the server from here
         if self._port:
             _check_port(self._port)
         self._scratch = tempfile.TemporaryDirectory(prefix="voxflux-server-", dir=self._scratch_in)
@@ -163,7 +165,7 @@ class EmbeddedServer:
                 )
             try:
                 # It takes connections before it has loaded its data, and answers after.
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_internal/healthcheck", timeout=1) as answer:
+                with DIRECT.open(f"http://127.0.0.1:{port}/_internal/healthcheck", timeout=1) as answer:
                     answer.read()
                 time.sleep(0.02)  # had another taken the port, ours would be gone by now
                 if process.poll() is None:
@@ -204,7 +206,7 @@ class EmbeddedServer:
             headers={"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with DIRECT.open(request, timeout=30) as answer:
                 answer.read()
         except urllib.error.HTTPError as error:
             with error:
