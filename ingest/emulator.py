@@ -150,8 +150,15 @@ class EmbeddedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env=self._own_env(),
                 start_new_session=True,  # a Ctrl-C in the terminal must reach us first, who still need the server
             )
+
+    def _own_env(self) -> dict[str, str]:
+        # The server reads all of `data` into memory at its start, whatever the backend, and Go lets the heap grow to
+        # twice that. With objects in files nothing of it is needed afterwards: a limit has Go give it back.
+        limit = {"GOMEMLIMIT": "512MiB"} if self._backend == "filesystem" else {}
+        return limit | os.environ
 
     def _wait_until_ready(self, port: int) -> None:
         process = self._process
