@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import resource
 import statistics
@@ -22,7 +23,7 @@ from ingest.stores.base import StoreConfig
 
 from .child import in_child
 from .listing_server import BUCKET, FOLDER, listing_server, object_name, object_size
-from .report import Report, Row, meta_of
+from .report import Report, Row, keeping, meta_of, status_of
 
 FIELDS = {
     "objects": "{:,}",
@@ -82,11 +83,12 @@ def run(config: ListingConfig, console: Console) -> int:
     """Measure, print, and write the JSON and the picture."""
     meta = meta_of(config.seed, processes=config.processes, page=StoreConfig().list_page_size)
     rows: list[Row] = []
+    failed: list[str] = []
     if config.images:
         rows += measure(config, config.images, config.rounds, {"latency_ms": None})
     else:
-        for latency_ms in config.latencies_ms:
-            for objects in config.objects:
+        with keeping(rows, failed):
+            for latency_ms, objects in itertools.product(config.latencies_ms, config.objects):
                 rounds = 1 if objects >= config.few_rounds_from else config.rounds
                 console.print(f"{objects:,} objects, {latency_ms:g} ms a request", style="dim")
                 with listing_server(objects, latency_ms) as url:
@@ -99,7 +101,7 @@ def run(config: ListingConfig, console: Console) -> int:
         console.print(line)
     for file in report.save(config.json, lambda axes: draw(axes, rows)):
         console.print(f"wrote {file}")
-    return 0
+    return status_of(failed)
 
 
 def measure(

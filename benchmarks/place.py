@@ -5,18 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ingest.cluster import environment
 from ingest.emulator import EMULATOR_VARIABLE, EmbeddedServer
 from ingest.errors import ConfigError
 from ingest.stores import open_store
+from ingest.stores.gcs_clients import close_clients
 from ingest.testing import make_cases
 
 from .latency import delayed
 
 BUCKET = "voxflux-bench"
 DATA_DIR = Path("data/bench")
+MOST_LOADED_BYTES = 2**30
+
+
+def _nothing() -> None:
+    """There is no server of ours to look at."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,7 @@ class Place:
         patch: (D, H, W) to cut from each pair.
         env: environment variables for the processes that read.
         server_pids: of processes whose CPU time is the server's.
+        check: raises UnreachableError if the embedded server has ended.
     """
 
     images: str
@@ -38,6 +46,7 @@ class Place:
     patch: tuple[int, int, int]
     env: dict[str, str]
     server_pids: tuple[int, ...]
+    check: Callable[[], None] = _nothing
 
 
 def side_of(pair_kb: int) -> int:
@@ -51,20 +60,61 @@ def patch_of(side: int) -> tuple[int, int, int]:
     return edge, edge, edge
 
 
+def folder_of(pairs: int, pair_kb: int) -> Path:
+    """Where `make_pairs` puts them."""
+    return DATA_DIR.resolve() / f"{pair_kb}kb-{pairs}" / BUCKET / "pairs"
+
+
+def are_made(pairs: int, pair_kb: int) -> bool:
+    """Whether the pairs are there already."""
+    return (folder_of(pairs, pair_kb) / ".made").exists()
+
+
 def make_pairs(pairs: int, pair_kb: int) -> Path:
     """Make pairs with smooth labels under `DATA_DIR`, unless they are there: `BUCKET/PAIRS/{images,labels}/`.
 
     Returns:
         The folder that holds `images/` and `labels/`.
     """
-    folder = DATA_DIR.resolve() / f"{pair_kb}kb-{pairs}" / BUCKET / "pairs"
+    folder = folder_of(pairs, pair_kb)
     done = folder / ".made"
     if not done.exists():
         side = side_of(pair_kb)
         images, labels = open_store(str(folder / "images")), open_store(str(folder / "labels"))
-        make_cases(images, labels, pairs, (side, side, side))
+        # A case takes ten times its size while it is made, and `make_cases` makes four at once.
+        at_once = pairs if 40 * pair_kb * 1024 < MOST_LOADED_BYTES else 1
+        for first in range(0, pairs, at_once):
+            make_cases(images, labels, at_once, (side, side, side), first=first)
         done.touch()
     return folder
+
+
+@contextlib.contextmanager
+def served(folder: Path, all_bytes: int, most_loaded_bytes: int = MOST_LOADED_BYTES) -> Iterator[EmbeddedServer]:
+    """The embedded server, up and with the pairs in it.
+
+    At its start it loads a folder faster than it takes uploads, but holds the whole of it in memory, twice. So what is
+    large is uploaded, an object at a time.
+
+    Args:
+        folder: of `make_pairs`.
+        all_bytes: of the pairs.
+        most_loaded_bytes: what may be loaded.
+    """
+    # In memory the server looks an object up by going through all of them: a cost that grows with their number. Its
+    # copies lie beside the pairs, because the folder of temporary files may be in memory.
+    loaded = all_bytes <= most_loaded_bytes
+    data = folder.parent.parent if loaded else None
+    with EmbeddedServer(data=data, backend="filesystem", scratch=DATA_DIR.resolve()) as server:
+        if not loaded:
+            server.create_bucket(BUCKET)
+            with environment(server.env()):
+                for role in ("images", "labels"):
+                    store = open_store(f"gs://{BUCKET}/pairs/{role}")
+                    for file in sorted((folder / role).glob("*.npy")):
+                        store.put(file.name, file.read_bytes())
+                close_clients()
+        yield server
 
 
 @contextlib.contextmanager
@@ -82,14 +132,13 @@ def opened(*, images: str, labels: str, pairs: int, pair_kb: int, latency_ms: fl
         yield Place(images=images, labels=labels, folder=None, patch=(32, 32, 32), env={}, server_pids=())
         return
     folder = make_pairs(pairs, pair_kb)
-    # In memory the server looks an object up by going through all of them: a cost that grows with their number.
-    server = EmbeddedServer(data=folder.parent.parent, backend="filesystem")
-    with server, delayed(server.url, latency_ms) as (url, proxy):
+    with served(folder, pairs * pair_kb * 1024) as server, delayed(server.url, latency_ms) as (url, proxy):
         yield Place(
             images=f"gs://{BUCKET}/pairs/images/",
             labels=f"gs://{BUCKET}/pairs/labels/",
             folder=folder,
             patch=patch_of(side_of(pair_kb)),
             env={EMULATOR_VARIABLE: url, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},
+            check=server.check,
             server_pids=tuple(pid for pid in (server.pid, proxy, os.getpid()) if pid is not None),
         )

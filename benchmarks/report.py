@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -9,7 +10,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from ingest.errors import IngestError
 from train.plain_json import to_json
 
 RESULTS_DIR = Path(__file__).parent / "results"
@@ -78,6 +80,32 @@ class Report:
         whole = Measurement.get(console, console.options.update(width=1000), table).maximum
         wide = Console(file=console.file, width=max(console.width, whole), soft_wrap=True, markup=False, emoji=False)
         wide.print(table)
+
+
+@contextlib.contextmanager
+def keeping(rows: Sequence[Row], failed: list[str]) -> Iterator[None]:
+    """Note the error of a measurement that fails after others gave rows, so that these can be printed and written.
+
+    Args:
+        rows: what is measured so far; grows while the context is entered.
+        failed: the error is added to it.
+
+    Raises:
+        IngestError: nothing was measured before.
+    """
+    try:
+        yield
+    except IngestError as error:
+        if not rows:
+            raise
+        failed.append(str(error))
+
+
+def status_of(failed: Sequence[str]) -> int:
+    """Print the errors that `keeping` noted; the exit status of the benchmark."""
+    for error in failed:
+        print(f"error: {error}; what is printed was measured before", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def meta_of(seed: int, **more: Any) -> dict[str, Any]:

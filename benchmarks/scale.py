@@ -29,7 +29,7 @@ from ingest.transport import choose_transport
 from .child import in_child
 from .epochs import run_executions
 from .place import patch_of, side_of
-from .report import Report, Row, meta_of, spread
+from .report import Report, Row, keeping, meta_of, spread, status_of
 from .synthetic import linked_cases, synthetic_manifest
 from .tree import TreeMeter, forget_peak, peak_rss_bytes, rss_bytes
 
@@ -117,11 +117,17 @@ class ScaleConfig:
 def run(config: ScaleConfig, console: Console) -> int:
     """Measure, print, and write the JSON and the picture."""
     meta = meta_of(config.seed, pair_kb=config.pair_kb, batch=BATCH)
-    plans = [
-        in_child("benchmarks.scale:measure_plan", cases=cases, seed=config.seed)
-        for cases in console_track(config.plan_cases, console, "plan of {:,} cases")
-    ]
-    costs = measure_costs(config, console) if config.cost_cases else []
+    plans: list[Row] = []
+    costs: list[Row] = []
+    failed: list[str] = []
+    with keeping(plans, failed):
+        plans.extend(  # what is measured before one fails stays in the list
+            in_child("benchmarks.scale:measure_plan", cases=cases, seed=config.seed)
+            for cases in console_track(config.plan_cases, console, "plan of {:,} cases")
+        )
+    with keeping(plans or costs, failed):
+        if config.cost_cases:
+            measure_costs(config, console, costs)
     report = Report(name="scale", rows=[*plans, *costs], meta=meta | {"verdicts": verdicts(plans, costs)})
     Report(name="scale: plans", rows=plans, meta=meta).print(console, PLAN_FIELDS)
     if costs:
@@ -130,7 +136,7 @@ def run(config: ScaleConfig, console: Console) -> int:
         console.print(line)
     for file in report.save(config.json, lambda axes: draw(axes, costs)):
         console.print(f"wrote {file}")
-    return 0
+    return status_of(failed)
 
 
 def console_track(values: Sequence[T], console: Console, what: str) -> Sequence[T]:
@@ -204,14 +210,13 @@ def timed(function: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - started, answer
 
 
-def measure_costs(config: ScaleConfig, console: Console) -> list[Row]:
-    """One row a number of cases, then a row a size of shards and a row a number of ranks."""
+def measure_costs(config: ScaleConfig, console: Console, rows: list[Row]) -> None:
+    """Add one row a number of cases, then a row a size of shards and a row a number of ranks."""
     default = ShardConfig().shard_cases
     plans = [(cases, default, 2, False) for cases in config.cost_cases]
     plans += [(min(config.cost_cases), default, 2, True)]
     plans += [(config.middle_cases, shard_cases, 2, False) for shard_cases in config.shard_cases]
     plans += [(config.middle_cases, default, ranks, False) for ranks in config.ranks]
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         given = None
         if config.images or config.labels:
@@ -239,7 +244,6 @@ def measure_costs(config: ScaleConfig, console: Console) -> list[Row]:
                     seed=config.seed,
                 )
             )
-    return rows
 
 
 def measure_cost(

@@ -8,6 +8,7 @@ whole is also shown by processes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import statistics
 import tempfile
@@ -39,7 +40,7 @@ from train.batches import ToTensors
 from .child import in_child
 from .epochs import run_executions
 from .place import opened
-from .report import Report, Row, meta_of
+from .report import Report, Row, keeping, meta_of, status_of
 from .scale import planner_of
 from .tree import ROLES, TreeMeter
 
@@ -104,13 +105,9 @@ def run(config: StagesConfig, console: Console) -> int:
     """Measure, print, and write the JSON and the picture."""
     meta = meta_of(config.seed, pair_kb=config.pair_kb, pairs=config.pairs, latency_ms=config.latency_ms)
     rows: list[Row] = []
-    with opened(
-        images=config.images,
-        labels=config.labels,
-        pairs=config.pairs,
-        pair_kb=config.pair_kb,
-        latency_ms=config.latency_ms,
-    ) as place:
+    failed: list[str] = []
+    place_of = functools.partial(opened, images=config.images, labels=config.labels, pairs=config.pairs)
+    with keeping(rows, failed), place_of(pair_kb=config.pair_kb, latency_ms=config.latency_ms) as place:
         for transport in ("auto",) if place.folder is None else config.transports:
             console.print(f"transport {transport}", style="dim")
             images, labels = place.images, place.labels
@@ -134,7 +131,7 @@ def run(config: StagesConfig, console: Console) -> int:
     report.print(console, FIELDS)
     for file in report.save(config.json, lambda axes: draw(axes, rows)):
         console.print(f"wrote {file}")
-    return 0
+    return status_of(failed)
 
 
 def settled(manifest_uri: str, transport: Transport, patch: Sequence[int], seed: int) -> tuple[Manifest, DataConfig]:

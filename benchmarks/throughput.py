@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,14 +16,16 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
-from ingest.errors import ConfigError
+from ingest.errors import ConfigError, IngestError
 from ingest.index import index_cases
 
 from .child import in_child
 from .peers import own_venv
+from .peers.needs import check_needs
 from .peers.work import Opened, Tensors, Transform, Work
-from .place import Place, opened
+from .place import Place, are_made, folder_of, opened, patch_of, side_of
 from .report import Report, Row, meta_of, spread
+from .room import check_room, together
 from .tree import TreeMeter
 
 Loader = Literal[
@@ -32,6 +36,7 @@ LOADERS: tuple[Loader, ...] = Loader.__args__  # type: ignore[attr-defined]
 OTHER_PEERS = ("torch-obstore", "litdata-raw", "mosaic")
 LOCAL = ("ours-local", "local-loop")
 IN_PART = ("ours-boxes", "ours-whole")  # differ from ours-auto only where volumes are large
+Child = Callable[..., dict[str, Any]]
 WARM_UP_S = 3.0
 LEAST_BATCHES = 4
 LARGE_KB = 10 * 2**10  # of pairs whose images are read in part
@@ -133,6 +138,7 @@ def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str
     """
     what = Work(**{**work, "patch": tuple(work["patch"])})
     pairs, pair_bytes = size_of(what)
+    what = bounded(what, pair_bytes)
     with TreeMeter() as meter, open_loader(loader, what) as epoch:
         least = min(pairs, LEAST_BATCHES * what.batch)
         started = time.monotonic()
@@ -163,6 +169,12 @@ def measure(loader: Loader, work: Mapping[str, Any], seconds: float) -> dict[str
             "peak_rss_mb": meter.peak_rss_bytes() / 1e6,
             "above_idle_mb": (meter.peak_rss_bytes() - idle_bytes) / 1e6,
         }
+
+
+def bounded(work: Work, pair_bytes: float) -> Work:
+    """The same work, with no more pairs at once than fit into memory, nor requests than these have."""
+    most = together(pair_bytes, work.workers)
+    return dataclasses.replace(work, together=most, in_flight=min(work.in_flight, 2 * most))
 
 
 def drain(batches: Iterator[Tensors], work: Work) -> tuple[int, float, float]:
@@ -209,15 +221,36 @@ def settle(meter: TreeMeter, longest_s: float = 5.0) -> None:
         quiet = meter.cpu_s() - before_s < 0.05
 
 
-def run(config: ThroughputConfig, console: Console) -> int:
-    """Measure, print, and write the results."""
+def run(config: ThroughputConfig, console: Console, child: Child = in_child) -> int:
+    """Measure, print, and write the results.
+
+    A loader that fails is left out of the rounds that follow. What the others gave is kept, and the status is 1.
+
+    Args:
+        config: what to measure.
+        console: where to print.
+        child: calls `measure` in a process of its own.
+
+    Raises:
+        ConfigError: no loader can read the place, or the machine has no room for the pairs.
+        MissingDependencyError: a loader's package is missing.
+    """
     meta = meta_of(config.seed, transform=config.transform, batch=config.batch, rounds=config.rounds)
     rng = random.Random(config.seed)
     rows: list[Row] = []
     generated = not config.images
-    for name in config.loaders:
-        if generated and name in own_venv.REQUIREMENTS:
-            own_venv.python_of(name)  # so that no installation falls into a measurement
+    if generated or config.images.startswith("gs://"):
+        check_needs(config.loaders)
+    for pair_kb in config.pair_kb if generated else ():
+        batch_bytes = 5 * config.batch * math.prod(patch_of(side_of(pair_kb)))
+        check_room(
+            pairs=config.pairs,
+            pair_bytes=pair_kb * 1024,
+            batch_bytes=batch_bytes,
+            workers=config.workers,
+            folder=folder_of(config.pairs, pair_kb),
+            made=are_made(config.pairs, pair_kb),
+        )
     for pair_kb in config.pair_kb if generated else (0,):
         for latency_ms in config.latency_ms if generated else (0.0,):
             place = opened(
@@ -228,26 +261,45 @@ def run(config: ThroughputConfig, console: Console) -> int:
                 latency_ms=latency_ms,
             )
             with place as where:
-                rows += _rounds(config, where, pair_kb, latency_ms, rng, console)
+                rows += _rounds(config, where, pair_kb, latency_ms, rng, console, child)
     if not rows:
         raise ConfigError(
             f"expected loaders that can read {config.images}, found {', '.join(config.loaders)}; choose "
             f"{', '.join(LOCAL)} for local files, and any other for gs://"
         )
-    found = targets(rows)
+    return _reported(config, console, rows, meta)
+
+
+def _reported(config: ThroughputConfig, console: Console, rows: list[Row], meta: dict[str, Any]) -> int:
+    """Print and write the rows; the exit status."""
+    measured = [row for row in rows if "samples_per_s" in row]
+    failed = [row for row in rows if "failed" in row]
+    found = targets(measured)
     report = Report(name="throughput", rows=rows, meta={**meta, "targets": found})
-    report.print(console, FIELDS)
+    report.print(console, FIELDS | ({"failed": "{}"} if failed else {}))
     table = Table("target", "wanted", "found", "held", title="Ratios of one run")
     for target in found:
         table.add_row(target["name"], target["wanted"], f"{target['found']:.2f}", "yes" if target["held"] else "NO")
     console.print(table)
-    for path in report.save(config.json, lambda axes: draw(axes, rows)):
+    for path in report.save(config.json, lambda axes: draw(axes, measured)):
         console.print(f"wrote {path}")
-    return 0
+    for row in failed:
+        print(
+            f"error: expected a measurement of {row['loader']} at {row['latency_ms']:g} ms, found: {row['failed']}; "
+            "its own error stands above. Leave it out of --loaders, or mend it",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
 
 
 def _rounds(
-    config: ThroughputConfig, place: Place, pair_kb: int, latency_ms: float, rng: random.Random, console: Console
+    config: ThroughputConfig,
+    place: Place,
+    pair_kb: int,
+    latency_ms: float,
+    rng: random.Random,
+    console: Console,
+    child: Child,
 ) -> list[Row]:
     on_gs = place.images.startswith("gs://")
     loaders = [
@@ -257,8 +309,11 @@ def _rounds(
         if name not in IN_PART or not place.folder or pair_kb >= LARGE_KB
     ]
     found: dict[Loader, list[dict[str, Any]]] = {name: [] for name in loaders}
+    failed: dict[Loader, str] = {}
     for number in range(config.rounds):
         for name in rng.sample(loaders, len(loaders)):
+            if name in failed:
+                continue
             local = name in LOCAL
             work = Work(
                 images=str(place.folder / "images") if local and place.folder else place.images,
@@ -272,25 +327,42 @@ def _rounds(
             )
             if place.folder:
                 into_page_cache(place.folder)
-            result = in_child(
-                "benchmarks.throughput:measure",
-                place.env,
-                own_venv.python_of(name) if name in own_venv.REQUIREMENTS else None,
-                loader=name,
-                work=dataclasses.asdict(work),
-                seconds=config.seconds,
-            )
+            try:
+                place.check()
+                result = child(
+                    "benchmarks.throughput:measure",
+                    place.env,
+                    own_venv.python_of(name) if name in own_venv.REQUIREMENTS else None,
+                    loader=name,
+                    work=dataclasses.asdict(work),
+                    seconds=config.seconds,
+                )
+            except IngestError as error:
+                failed[name] = f"in round {number + 1}: {_briefly(error)}"
+                console.print(f"round {number + 1}, {latency_ms:g} ms, {name}: failed, and is left out from now on")
+                continue
             found[name].append(result)
             console.print(
                 f"round {number + 1}, {latency_ms:g} ms, {name}: {result['samples_per_s']:,.0f} samples/s, "
                 f"{result['client_cpu_ms_per_sample']:.2f} ms of CPU a sample"
             )
-    return [_row(name, results, pair_kb, latency_ms, config) for name, results in found.items()]
+    return [
+        _row(name, results, pair_kb, latency_ms, config) | ({"failed": failed[name]} if name in failed else {})
+        for name, results in found.items()
+    ]
+
+
+def _briefly(error: IngestError) -> str:
+    """The end of an error in one line: the server's own, or the status of the process that measured."""
+    text = " ".join(str(error).split())
+    return text.rpartition("found ")[2].partition(";")[0] if "to end well" in text else text[:300]
 
 
 def _row(
     name: str, results: list[dict[str, Any]], pair_kb: int, latency_ms: float, config: ThroughputConfig
 ) -> dict[str, Any]:
+    if not results:
+        return {"loader": name, "latency_ms": latency_ms, "pair_kb": pair_kb}
     pair_kb = pair_kb or results[0]["pair_kb"]
     row: dict[str, Any] = {
         "loader": name,
@@ -375,6 +447,9 @@ def draw(axes: Axes, rows: list[Row]) -> None:
     """Samples a second, a bar a loader and latency."""
     names = list(dict.fromkeys(row["loader"] for row in rows))
     groups = list(dict.fromkeys((row["latency_ms"], row["pair_kb"]) for row in rows))
+    if not groups:
+        axes.set_title("every loader failed")
+        return
     height = 0.8 / len(groups)
     for number, (latency_ms, pair_kb) in enumerate(groups):
         some = {row["loader"]: row for row in rows if (row["latency_ms"], row["pair_kb"]) == (latency_ms, pair_kb)}

@@ -40,7 +40,7 @@ from train.launch import environment
 from .emulated import EmulatedJob, RankReport, emulated_loop
 from .place import Place, opened
 from .profiles import PROFILES
-from .report import Report, Row, meta_of
+from .report import Report, Row, keeping, meta_of, status_of
 
 PASSING_AU = 0.9
 FIELDS = {
@@ -148,17 +148,18 @@ def run(config: UtilizationConfig, console: Console) -> int:
         task_cpus=config.task_cpus,
     )
     rows: list[Row] = []
-    if "sweep" in config.profile or config.images:
-        with _data(config, config.pairs, config.pair_kb) as (place, folder):
-            rows += sweep(config, place, folder, console)
-    for name in config.profile:
-        if name != "sweep":
-            rows.append(known_job(config, name, console))
+    failed: list[str] = []
+    with keeping(rows, failed):
+        if "sweep" in config.profile or config.images:
+            with _data(config, config.pairs, config.pair_kb) as (place, folder):
+                sweep(config, place, folder, console, rows)
+        # What is measured before one fails stays in the list.
+        rows.extend(known_job(config, name, console) for name in config.profile if name != "sweep")
     report = Report(name="utilization", rows=rows, meta=meta)
     report.print(console, FIELDS)
     for file in report.save(config.json, lambda axes: draw(axes, rows)):
         console.print(f"wrote {file}")
-    return 0
+    return status_of(failed)
 
 
 @contextlib.contextmanager
@@ -175,14 +176,14 @@ def _data(config: UtilizationConfig, pairs: int, pair_kb: int) -> Iterator[tuple
         yield place, folder
 
 
-def sweep(config: UtilizationConfig, place: Place, folder: str, console: Console) -> list[Row]:
-    """The ingest rate, with accelerators that compute nothing, then step times around it."""
+def sweep(config: UtilizationConfig, place: Place, folder: str, console: Console, rows: list[Row]) -> None:
+    """Add the ingest rate, with accelerators that compute nothing, then step times around it."""
     manifest, data = _indexed(config, place, place.patch)
     base = {"profile": "sweep", "scale_down": 1.0}
     free = measure(config, manifest, data, batch=config.batch, step_s=0.0, folder=folder)
     rate = free["samples_per_s"]
     console.print(f"ingest rate, with steps of 0 s: {rate:,.0f} samples/s", style="dim")
-    rows: list[Row] = [base | free | {"profile": "rate", "au": None, "au_by_epoch": None}]
+    rows += [base | free | {"profile": "rate", "au": None, "au_by_epoch": None}]
     for share in config.shares:
         step_s = config.ranks * config.batch / (share * rate)
         found = measure(config, manifest, data, batch=config.batch, step_s=step_s, folder=folder)
@@ -192,7 +193,6 @@ def sweep(config: UtilizationConfig, place: Place, folder: str, console: Console
             found = measure(config, manifest, data, batch=config.batch, step_s=step_s, folder=folder, in_memory=True)
             console.print(f"the same with batches out of memory: AU {found['au']:.1%}", style="dim")
             rows.append(base | found | {"profile": "control", "share_of_rate": share})
-    return rows
 
 
 def known_job(config: UtilizationConfig, name: str, console: Console) -> Row:

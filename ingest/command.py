@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from . import signals, terminal
+from . import proxies, signals, terminal
 from .errors import IngestError
 
 
@@ -25,6 +25,7 @@ def run_command(work: Callable[[], int], *, goes_on: bool = False, in_words: Cal
         SystemExit: an option is wrong, or the output is gone.
     """
     terminal.settle(goes_on=goes_on)
+    proxies.bypass_for_loopback()
     with signals.interrupted_by_signals():
         status = _status_of(work, in_words)
         if signals.came() and status == 128 + signal.SIGINT:

@@ -23,6 +23,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from .errors import ConfigError, IngestError, MissingDependencyError, UnreachableError
+from .proxies import DIRECT, bypass_for_loopback
 from .signals import ending_signals, handling
 from .terminal import drop_lost_output
 
@@ -107,6 +108,7 @@ class EmbeddedServer:
         if self._process is not None:
             raise IngestError(f"expected a stopped server, found one at {self.url}; stop it first")
         binary = server_binary()
+        bypass_for_loopback()  # of whoever talks to the server from here
         if self._port:
             _check_port(self._port)
         self._scratch = tempfile.TemporaryDirectory(prefix="voxflux-server-", dir=self._scratch_in)
@@ -148,8 +150,15 @@ class EmbeddedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env=self._own_env(),
                 start_new_session=True,  # a Ctrl-C in the terminal must reach us first, who still need the server
             )
+
+    def _own_env(self) -> dict[str, str]:
+        # The server reads all of `data` into memory at its start, whatever the backend, and Go lets the heap grow to
+        # twice that. With objects in files nothing of it is needed afterwards: a limit has Go give it back.
+        limit = {"GOMEMLIMIT": "512MiB"} if self._backend == "filesystem" else {}
+        return limit | os.environ
 
     def _wait_until_ready(self, port: int) -> None:
         process = self._process
@@ -163,7 +172,7 @@ class EmbeddedServer:
                 )
             try:
                 # It takes connections before it has loaded its data, and answers after.
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_internal/healthcheck", timeout=1) as answer:
+                with DIRECT.open(f"http://127.0.0.1:{port}/_internal/healthcheck", timeout=1) as answer:
                     answer.read()
                 time.sleep(0.02)  # had another taken the port, ours would be gone by now
                 if process.poll() is None:
@@ -211,7 +220,7 @@ class EmbeddedServer:
             headers={"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with DIRECT.open(request, timeout=30) as answer:
                 answer.read()
         except urllib.error.HTTPError as error:
             with error:

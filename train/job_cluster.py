@@ -12,6 +12,7 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 from ingest.errors import ConfigError, IngestError
+from ingest.proxies import bypass_for_loopback, through
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -48,6 +49,7 @@ def connect(given: str | None) -> JobSubmissionClient:
         JobError: nothing answers there, something else than Ray does, or it refuses our token.
     """
     address = address_of(given)
+    bypass_for_loopback()
     probe(address)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -77,7 +79,8 @@ def probe(address: str) -> None:
         JobError: nothing answers.
     """
     try:
-        with urllib.request.urlopen(f"{address}/api/version", timeout=TIMEOUT_S):  # an http address, see address_of
+        # A new opener goes by the proxies of now; `urlopen` keeps those of its first call.
+        with urllib.request.build_opener().open(f"{address}/api/version", timeout=TIMEOUT_S):
             return
     except urllib.error.HTTPError:
         return  # it answers; what it says of our token is told by Ray's client
@@ -89,8 +92,8 @@ def nobody(address: str, error: Exception) -> JobError:
     """The error of an address where nothing answers."""
     reason = getattr(error, "reason", error)
     return JobError(
-        f"expected a Ray cluster's dashboard at {address}, found none ({reason}); start one with `ray start --head`, "
-        "open a tunnel with `ray dashboard cluster.yaml`, or give another --address"
+        f"expected a Ray cluster's dashboard at {address}, found none{through(address)} ({reason}); start one with "
+        "`ray start --head`, open a tunnel with `ray dashboard cluster.yaml`, or give another --address"
     )
 
 

@@ -22,6 +22,7 @@ from ingest.stores.gcs_clients import authorization, curl_pool, object_url
 from .work import Epoch, Tensors, Work, bucket_and_prefix
 
 CHUNK_BATCHES = 8
+MOST_HELD = 64
 
 
 @contextlib.contextmanager
@@ -34,9 +35,12 @@ def opened(work: Work) -> Iterator[Epoch]:
         [(object_url(*_bucket_and_key(uri, name), generation=None), metas[name].size_bytes) for name in part]
         for uri, part, metas in zip((work.images, work.labels), names, listed, strict=True)
     ]
-    # 64 pairs in memory, so that caches are no warmer than they are with real ones.
-    bodies = [store.fetch(list(metas.values())[:64]) for store, metas in zip(stores, listed, strict=True)]
-    arrays = [[_array_of(body) for body in part] for part in bodies]
+    # 64 pairs in memory, so that caches are no warmer than they are with real ones; fewer where they are large.
+    held = min(MOST_HELD, work.together, len(names[0]))
+    arrays = [
+        [_array_of(store.fetch([meta])[0]) for meta in list(metas.values())[:held]]
+        for store, metas in zip(stores, listed, strict=True)
+    ]
 
     connections = curl_pool(StoreConfig(), work.in_flight)
 
@@ -45,16 +49,17 @@ def opened(work: Work) -> Iterator[Epoch]:
         # A few batches at a time, so that an epoch that is broken off has made samples of what it fetched.
         for start in range(0, len(order), CHUNK_BATCHES * work.batch):
             some = order[start : start + CHUNK_BATCHES * work.batch]
-            headers = authorization()
-            each = [
-                Get(url, expected_bytes, headers)
-                for index in some
-                for url, expected_bytes in (part[index] for part in wanted)
-            ]
-            for outcome in connections.get(each):
-                if not isinstance(outcome, Answer) or outcome.status != 200:
-                    raise RuntimeError(f"expected the floor's requests to succeed, found {outcome}")
-            pairs = [(arrays[0][index % 64], arrays[1][index % 64]) for index in some]
+            for group in work.groups(some):
+                headers = authorization()
+                each = [
+                    Get(url, expected_bytes, headers)
+                    for index in group
+                    for url, expected_bytes in (part[index] for part in wanted)
+                ]
+                for outcome in connections.get(each):
+                    if not isinstance(outcome, Answer) or outcome.status != 200:
+                        raise RuntimeError(f"expected the floor's requests to succeed, found {outcome}")
+            pairs = [(arrays[0][index % held], arrays[1][index % held]) for index in some]
             yield from _batches(work, some, pairs)
 
     yield epoch

@@ -19,7 +19,7 @@ from ingest.errors import ConfigError
 from ingest.index import index_cases
 
 from .torch_obstore import client_of
-from .work import Epoch, Sampler, Tensors, Work, bucket_and_prefix, server_url
+from .work import Epoch, Sampler, Tensors, Work, bucket_and_prefix, joined, server_url
 
 
 class Batches(torch.utils.data.Dataset[Tensors]):
@@ -34,6 +34,9 @@ class Batches(torch.utils.data.Dataset[Tensors]):
 
     def __getitems__(self, indices: Sequence[int]) -> Tensors:
         _point_at_emulator()
+        return joined([self._read(group) for group in self.work.groups(indices)])
+
+    def _read(self, indices: Sequence[int]) -> Tensors:
         items = self.raw.__getitems__(list(indices))
         return Sampler(self.work)(indices, [image for image, _ in items], [label for _, label in items])
 

@@ -53,8 +53,9 @@ def write_shards(work: Work) -> float:
     pairs = list(zip(images.list(), labels.list(), strict=True))
     columns = {"index": "int", "image": "bytes", "label": "bytes"}
     with MDSWriter(out=_remote(), columns=columns) as writer:
-        for start in range(0, len(pairs), _CHUNK):
-            some = pairs[start : start + _CHUNK]
+        chunk = min(_CHUNK, work.together)
+        for start in range(0, len(pairs), chunk):
+            some = pairs[start : start + chunk]
             bodies = zip(images.fetch([x for x, _ in some]), labels.fetch([y for _, y in some]), strict=True)
             for number, (image, label) in enumerate(bodies, start):
                 writer.write({"index": number, "image": image, "label": label})
@@ -109,19 +110,22 @@ def opened(work: Work) -> Iterator[Epoch]:
     if took_s:
         print(f"mosaic: wrote its shards in {took_s:.1f} s", file=sys.stderr)
 
+    # A worker holds all pairs of a batch before any is decoded.
+    batch = min(work.batch, work.together)
+
     def epoch(limit: int | None) -> Iterator[Tensors]:
         with tempfile.TemporaryDirectory(prefix="voxflux-mosaic-") as cache:
             pairs = StreamingDataset(
                 remote=_remote(),
                 local=cache,
-                batch_size=work.batch,
+                batch_size=batch,
                 shuffle=True,
                 shuffle_seed=work.seed,
                 epoch_size=limit,
                 num_canonical_nodes=1,
             )
             loader = torch.utils.data.DataLoader(
-                pairs, batch_size=work.batch, num_workers=work.workers, collate_fn=_Collate(work)
+                pairs, batch_size=batch, num_workers=work.workers, collate_fn=_Collate(work)
             )
             yield from loader
 

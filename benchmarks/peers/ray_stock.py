@@ -34,7 +34,8 @@ def opened(work: Work) -> Iterator[Epoch]:
     def read(uri: str, names: list[str], column: str) -> ray.data.Dataset:
         paths = [uri.removeprefix("gs://") + name for name in names]
         # By itself Ray makes a task a file here, and is many times slower.
-        dataset = ray.data.read_binary_files(paths, filesystem=filesystem, override_num_blocks=BLOCKS)
+        blocks = max(BLOCKS, len(work.groups(paths)))
+        dataset = ray.data.read_binary_files(paths, filesystem=filesystem, override_num_blocks=blocks)
         return dataset.rename_columns({"bytes": column})
 
     with connected_ray():

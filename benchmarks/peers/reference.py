@@ -46,8 +46,11 @@ class Pairs(torch.utils.data.Dataset[tuple[Array, Array]]):
         return len(self.parts[0])
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Array, Array]]:
-        images, labels = (part.__getitems__(indices) for part in self.parts)
-        return [transformed(image, label, self.work) for image, label in zip(images, labels, strict=True)]
+        samples = []
+        for group in self.work.groups(indices):
+            images, labels = (part.__getitems__(group) for part in self.parts)
+            samples += [transformed(image, label, self.work) for image, label in zip(images, labels, strict=True)]
+        return samples
 
 
 def _array_of(data: bytes) -> Array:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import obstore
 import torch.utils.data
 
-from .work import Epoch, Sampler, Tensors, Work, bucket_and_prefix, server_url
+from .work import Epoch, Sampler, Tensors, Work, bucket_and_prefix, joined, server_url
 
 
 class Pairs(torch.utils.data.Dataset[Tensors]):
@@ -24,6 +24,10 @@ class Pairs(torch.utils.data.Dataset[Tensors]):
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(self.work.in_flight)
             self._clients = [client_of(bucket_and_prefix(uri)[0]) for uri in (self.work.images, self.work.labels)]
+        return joined([self._read(group) for group in self.work.groups(indices)])
+
+    def _read(self, indices: Sequence[int]) -> Tensors:
+        assert self._pool is not None
         prefixes = [bucket_and_prefix(uri)[1] for uri in (self.work.images, self.work.labels)]
         wanted = [
             (client, prefix + names[index])

@@ -35,6 +35,7 @@ class Work:
         workers: processes of loaders that have a number of them.
         in_flight: requests a process, of loaders that have a number of them.
         seed: of order and transforms.
+        together: pairs whose bytes a process may hold at once; see `room`.
     """
 
     images: str
@@ -45,6 +46,7 @@ class Work:
     workers: int
     in_flight: int
     seed: int
+    together: int = 2**30
 
     def crop(self) -> CropConfig:
         """Where the patch is cut."""
@@ -60,6 +62,10 @@ class Work:
 
         table = index_cases(self.images, self.labels).manifest.table
         return table["image"].to_pylist(), table["label"].to_pylist()
+
+    def groups(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Parts of a list of pairs, each small enough to be held at once."""
+        return [indices[start : start + self.together] for start in range(0, len(indices), self.together)]
 
     def order(self, count: int, limit: int | None) -> list[int]:
         """A shuffled epoch."""
@@ -87,6 +93,14 @@ class Sampler:
                 image_CDHW, label_1DHW, epoch=0, index=index, out_image=image_NCDHW[row], out_label=label_N1DHW[row]
             )
         return torch.from_numpy(image_NCDHW), torch.from_numpy(label_N1DHW)
+
+
+def joined(batches: Sequence[Tensors]) -> Tensors:
+    """Several small batches as one."""
+    if len(batches) == 1:
+        return batches[0]
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 def bucket_and_prefix(uri: str) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import certifi
 import pycurl
 
+from ..proxies import through
 from .retry import PassingError
 
 _BUFFER_BYTES = 512 * 1024  # with libcurl's default of 16 KiB a body of 128 KB takes eight calls into Python
@@ -210,18 +211,19 @@ class _Transfer:
     def error(self, code: int, text: str) -> Outcome:
         if code == pycurl.E_FILESIZE_EXCEEDED:
             return self.answer(cut=True)
+        url = self.batch.gets[self.position].url
+        by = through(url)
         if code in _REFUSED and self.handle.getinfo(pycurl.HTTP_CONNECTCODE) in (0, 200):
-            server = urlsplit(self.batch.gets[self.position].url).netloc
-            return PassingError("refused", f"{server} takes no connection")
+            return PassingError("refused", f"{urlsplit(url).netloc} takes no connection{by}")
         if code in _REFUSED or code in _EXPLAINED:  # a proxy refused, or we did
-            return PassingError("refused", text)
+            return PassingError("refused", f"{text}{by}")
         kind = "timeout" if code == pycurl.E_OPERATION_TIMEDOUT else "reset"
         if kind == "reset" and (self.body or code == pycurl.E_PARTIAL_FILE):
             kind = "cut"
         answer = self.answer(cut=True) if self.body else None
         if answer is not None and answer.status in (200, 206):
-            return CutError(kind, f"{text} ({len(answer.body):,} bytes of the body had come)", answer)
-        return PassingError(kind, text)
+            return CutError(kind, f"{text}{by} ({len(answer.body):,} bytes of the body had come)", answer)
+        return PassingError(kind, f"{text}{by}")
 
 
 class CurlPool:
@@ -231,7 +233,15 @@ class CurlPool:
     not survive a fork: the child makes its own.
     """
 
-    def __init__(self, in_flight: int, *, connect_timeout_s: float, read_timeout_s: float, user_agent: str) -> None:
+    def __init__(
+        self,
+        in_flight: int,
+        *,
+        connect_timeout_s: float,
+        read_timeout_s: float,
+        user_agent: str,
+        proxy: str | None = None,
+    ) -> None:
         authorities = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE") or certifi.where()
         self._options: tuple[tuple[int, Any], ...] = (
             (pycurl.BUFFERSIZE, _BUFFER_BYTES),
@@ -243,6 +253,7 @@ class CurlPool:
             (pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS),
             (pycurl.TCP_KEEPALIVE, 1),
             (pycurl.USERAGENT, user_agent),
+            *([(pycurl.PROXY, proxy)] if proxy else []),  # else libcurl goes by the environment
         )
         self._in_flight = in_flight
         self._read_timeout_s = read_timeout_s

@@ -15,6 +15,7 @@ import google.auth
 from google.api_core.client_info import ClientInfo
 from google.cloud import storage
 
+from ..proxies import bypass_for_loopback, proxy_for_curl, through
 from .base import StoreConfig
 from .curl import CurlPool
 
@@ -72,7 +73,16 @@ def emulator_url() -> str | None:
 
 def server_name() -> str:
     """Host and port of the server in use, for messages."""
-    return urlsplit(emulator_url() or "https://storage.googleapis.com").netloc
+    return urlsplit(_server_url()).netloc
+
+
+def through_proxy() -> str:
+    """Words that name the proxy on the way to the server, for messages; nothing where there is none."""
+    return through(_server_url())
+
+
+def _server_url() -> str:
+    return emulator_url() or "https://storage.googleapis.com"
 
 
 def google_client(config: StoreConfig) -> storage.Client:
@@ -81,6 +91,7 @@ def google_client(config: StoreConfig) -> storage.Client:
 
     def make() -> storage.Client:
         os.environ.setdefault(_NO_BUCKET_METADATA, "true")
+        bypass_for_loopback()
         options = {"api_endpoint": url} if url else None
         info: Any = ClientInfo
         return storage.Client(project=config.project, client_info=info(user_agent=_USER_AGENT), client_options=options)
@@ -100,23 +111,26 @@ def timeouts_s(config: StoreConfig) -> tuple[float, float]:
 
 def curl_pool(config: StoreConfig, in_flight: int) -> CurlPool:
     """This process's connections for direct reads; what fails is tried again by our own policy."""
+    proxy = proxy_for_curl(_server_url())
 
     def make() -> CurlPool:
+        bypass_for_loopback()
         return CurlPool(
             in_flight,
+            proxy=proxy,
             connect_timeout_s=config.connect_timeout_s,
             read_timeout_s=config.read_timeout_s,
             user_agent=_USER_AGENT,
         )
 
-    key = ("curl", in_flight, config.connect_timeout_s, config.read_timeout_s)
+    key = ("curl", in_flight, config.connect_timeout_s, config.read_timeout_s, proxy)
     found = _CACHE.get(key, make)
     return _CACHE.replace(key, make, found) if found.closed else found
 
 
 def object_url(bucket: str, key: str, generation: int | None) -> str:
     """Where the XML API has an object: https://cloud.google.com/storage/docs/request-endpoints (path-style)."""
-    place = f"{emulator_url() or 'https://storage.googleapis.com'}/{quote(bucket)}/{quote(key, safe='/~')}"
+    place = f"{_server_url()}/{quote(bucket)}/{quote(key, safe='/~')}"
     return place if generation is None else f"{place}?generation={generation}"
 
 

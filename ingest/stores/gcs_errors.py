@@ -18,7 +18,7 @@ import urllib3.exceptions
 from ..errors import CredentialsError, PermissionDeniedError, StoreError
 from .base import StoreConfig
 from .curl import Answer
-from .gcs_clients import server_name
+from .gcs_clients import server_name, through_proxy
 from .retry import PASSING_STATUSES, PassingError, with_retries
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ def translated(error: Exception, what: str, permission: str) -> StoreError | Pas
     kind = _connection_kind(error)
     if kind == "refused":
         detail = f"{server_name()} takes no connection"
-    return PassingError(kind, detail)
+    return PassingError(kind, f"{detail}{through_proxy()}")
 
 
 def _of_credentials(

@@ -27,7 +27,15 @@ BUCKET = "peers"
 
 def work_of(images: str, labels: str) -> Work:
     return Work(
-        images=images, labels=labels, patch=PATCH, batch=BATCH, transform="none", workers=2, in_flight=8, seed=3
+        images=images,
+        labels=labels,
+        patch=PATCH,
+        batch=BATCH,
+        transform="none",
+        workers=2,
+        in_flight=8,
+        seed=3,
+        together=5,  # fewer than a batch: what is read in parts must give the same
     )
 
 

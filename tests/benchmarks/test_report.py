@@ -5,10 +5,12 @@ import json
 import math
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from benchmarks.child import in_child
-from benchmarks.report import Report
+from benchmarks.report import Report, keeping, status_of
+from ingest.errors import IngestError
 
 
 def test_a_table_is_printed_whole_however_narrow_the_terminal():
@@ -40,3 +42,24 @@ def test_a_process_of_its_own_answers_with_none_for_what_is_not_finite():
 
 def echo(value: float | None) -> dict[str, float | None]:
     return {"value": value, "answer": math.inf}
+
+
+def test_rows_that_were_measured_before_one_failed_are_kept_and_the_status_says_so(capsys):
+    def measured():
+        yield {"a": 1}
+        yield {"a": 2}
+        raise IngestError("expected x, found y")
+
+    rows, failed = [], []
+    with keeping(rows, failed):
+        rows.extend(measured())
+    assert rows == [{"a": 1}, {"a": 2}]
+    assert status_of(failed) == 1
+    assert capsys.readouterr().err == "error: expected x, found y; what is printed was measured before\n"
+
+
+def test_where_nothing_was_measured_the_error_ends_the_benchmark():
+    with pytest.raises(IngestError, match="expected x"):
+        with keeping([], []):
+            raise IngestError("expected x, found y")
+    assert status_of([]) == 0
