@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.server.hosts.append(url.netloc)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        connection = http.client.HTTPConnection(self.server.target, timeout=60)
+        connection = http.client.HTTPConnection(self.server.target, timeout=240)
         headers = {name: value for name, value in self.headers.items() if not name.lower().startswith("proxy-")}
         headers["Host"] = self.server.target  # the embedded server answers to its own name alone
         connection.request(self.command, f"{url.path}?{url.query}", body, headers)

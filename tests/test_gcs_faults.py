@@ -261,7 +261,7 @@ def test_no_credentials_is_an_error_of_its_own(tmp_path: Path) -> None:
         text=True,
         env=environment,
         cwd=tmp_path,
-        timeout=60,
+        timeout=240,
         check=True,
     )
     assert "gcloud auth application-default login" in done.stdout

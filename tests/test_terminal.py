@@ -71,7 +71,7 @@ def test_a_closed_output_is_not_given_to_the_next_file_that_is_opened(tmp_path: 
         "import os, sys\nfrom ingest import terminal\nterminal.settle()\n"
         f"file = open({str(tmp_path / 'data')!r}, 'w')\nos.write(1, b'words')\nos.write(2, b'words')\nfile.close()\n"
     )
-    subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&- <&-', "sh", sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&- <&-', "sh", sys.executable, "-c", code], check=True, timeout=240)
     assert (tmp_path / "data").read_text() == ""
 
 
@@ -134,7 +134,7 @@ def ended_by(code: str, number: signal.Signals, *, ignored: bool = False) -> tup
         process.send_signal(number)
         if ignored:
             process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 
@@ -222,7 +222,7 @@ sys.exit(run_command(work, goes_on=True))
         os.close(theirs)
         assert os.read(ours, 5) == b"ready"
         os.close(ours)
-        process.communicate("\n", timeout=60)
+        process.communicate("\n", timeout=240)
     assert process.returncode == 5
     assert (tmp_path / "end").exists()
 

@@ -141,7 +141,7 @@ def test_a_peer_with_an_environment_of_its_own_gives_each_pair_once(
         capture_output=True,
         text=True,
         env={**os.environ, **gcs_server.env()},
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -69,7 +69,7 @@ def test_a_lost_data_node_and_a_new_one_change_no_sample(places):
         [sys.executable, "-m", "tests.integration.lose_node", places.local],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=240,
         env=environment,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -68,11 +68,11 @@ def test_the_settings_of_a_data_set_are_its_own_and_outlive_a_split_of_it(ray_he
 
 
 def test_a_worker_loads_what_reading_needs_and_then_reads(ray_here):
-    warm = ray.get(warm_reader(), timeout=60)
+    warm = ray.get(warm_reader(), timeout=240)
     loaded = ray.remote(lambda: (os.getpid(), "ingest.pipeline" in sys.modules))
     found = {}
     for _ in range(20):  # which workers take them is Ray's choice
-        found |= dict(ray.get([loaded.remote() for _ in range(8)], timeout=60))
+        found |= dict(ray.get([loaded.remote() for _ in range(8)], timeout=240))
         if warm in found:
             break
     assert found[warm]

@@ -113,7 +113,7 @@ def test_predict_then_a_separate_script_gives_the_dice_that_training_reported(tr
         for name, array in files.items():
             np.save(tmp_path / folder / name, array)
     script = [sys.executable, Path(__file__).with_name("dice_of_maps.py"), tmp_path / "maps", tmp_path / "labels"]
-    said = subprocess.run(script, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+    said = subprocess.run(script, check=True, capture_output=True, text=True, timeout=240).stdout.split()
     assert said[0] == "42"
     assert float(said[1]) == pytest.approx(reported, abs=1e-12)
     store = open_store(output)
@@ -150,7 +150,7 @@ def scores_on(ranks: int, network: UNet3D, holdout: Holdout, meeting: Path) -> l
             torch.distributed.destroy_process_group()
 
     remote = ray.remote(num_cpus=0.5)(score)
-    return ray.get([remote.remote(rank, part[HELD_OUT]) for rank, part in enumerate(parts)], timeout=120)
+    return ray.get([remote.remote(rank, part[HELD_OUT]) for rank, part in enumerate(parts)], timeout=240)
 
 
 def test_42_cases_on_1_2_and_3_ranks_have_the_same_mean_which_is_that_of_each_case_scored_alone(trained, tmp_path):

@@ -29,7 +29,7 @@ def head(tmp_path_factory):
 
 def train(head: Head, command: str, *arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
     call = [sys.executable, "-m", "train", command, *arguments, "--address", head.address]
-    done = subprocess.run(call, env=head.env | (env or {}), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(call, env=head.env | (env or {}), capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -66,7 +66,7 @@ def test_a_command_beside_a_cluster_starts_a_ray_of_its_own_unless_it_is_told_of
     try:
         printed = [
             subprocess.run(
-                [sys.executable, "-c", script], env=head.env | told, capture_output=True, text=True, timeout=100
+                [sys.executable, "-c", script], env=head.env | told, capture_output=True, text=True, timeout=240
             ).stdout.splitlines()[-1]
             for told in ({}, {"RAY_ADDRESS": head.gcs})
         ]
@@ -115,7 +115,7 @@ def test_workers_keep_the_memory_that_they_free_unless_the_user_tunes_the_alloca
                 env=head.env | {"RAY_ADDRESS": head.gcs} | told,
                 capture_output=True,
                 text=True,
-                timeout=100,
+                timeout=240,
             ).stdout.splitlines()[-1]
         )
         for told in ({}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=0"})
@@ -160,7 +160,7 @@ def interrupted(head: Head, *command: str, typed: bytes | None) -> tuple[int, st
             process.send_signal(signal.SIGINT)
             os.write(terminal, typed or b"")
     process.stdout.close()
-    status = process.wait(timeout=30)
+    status = process.wait(timeout=240)
     os.close(terminal)
     return status, "".join(lines)
 

@@ -47,7 +47,7 @@ with connected_ray() as here:
     for name in ("raylet/raylet", "gcs/gcs_server"):
         print(name, sum(name in command.partition(" --")[0] for command in ours))
     actor = WithEnvironment.options(runtime_env={{"env_vars": {{"ANY": "1"}}}}).remote()
-    print("space", " " in ray.get(actor.interpreter.remote(), timeout=100))
+    print("space", " " in ray.get(actor.interpreter.remote(), timeout=240))
     print("token", len(ray.get(token.remote())), os.environ.get("RAY_AUTH_TOKEN"))
 print("failed", len(failed))
 """

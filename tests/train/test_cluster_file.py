@@ -150,7 +150,7 @@ def test_rays_own_bootstrap_takes_it_and_asks_google_for_machines_of_fields_that
         env=os.environ | cloud.env | {"HOME": str(tmp_path)},  # below which Ray makes a key pair
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.splitlines()[-1].startswith(str(tmp_path))

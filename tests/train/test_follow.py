@@ -70,7 +70,7 @@ class Printed(io.StringIO):
 
     def has(self, words: str) -> bool:
         with self.more:
-            return self.more.wait_for(lambda: words in self.getvalue(), timeout=60)
+            return self.more.wait_for(lambda: words in self.getvalue(), timeout=240)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -218,7 +218,7 @@ def test_in_chromium_the_page_draws_and_scrolls_without_a_word_in_the_console(tm
     ]
     browser += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=30000", "--dump-dom", probed.as_uri()]
     for _ in range(6):  # on a busy machine it may dump the page before the images are there
-        done = subprocess.run(browser, capture_output=True, text=True, timeout=90, check=True)
+        done = subprocess.run(browser, capture_output=True, text=True, timeout=240, check=True)
         assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
         shown = re.search(r'<pre id="found">(.*?)</pre>', done.stdout)
         if shown is not None:
