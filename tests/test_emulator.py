@@ -60,7 +60,7 @@ def test_the_server_ends_when_its_owner_is_killed() -> None:
         pid = int(owner.stdout.readline())
         assert alive(pid)
         owner.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 240
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not alive(pid)

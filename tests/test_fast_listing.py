@@ -55,7 +55,7 @@ def group_of(leader: int) -> list[int]:
     return alive
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> bool:
+def wait_until(condition: Callable[[], object], timeout_s: float = 240.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

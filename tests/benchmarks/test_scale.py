@@ -125,7 +125,7 @@ def test_cpu_time_is_told_by_what_a_process_of_ray_is_for(title: str, role: str)
         before_s = meter.cpu_s_by_role()[role]
         child = subprocess.Popen([title, "-c", BUSY], executable=BASH)
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 240
             while meter.cpu_s_by_role()[role] - before_s < 0.1:
                 assert time.monotonic() < deadline, meter.cpu_s_by_role()
                 time.sleep(0.05)
@@ -141,7 +141,7 @@ def test_a_process_is_counted_by_the_name_that_it_takes_later() -> None:
     with TreeMeter() as meter:
         child = subprocess.Popen([BASH, "-c", rename])
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 240
             while meter.cpu_s_by_role()["readers"] < 0.1:
                 assert time.monotonic() < deadline, meter.cpu_s_by_role()
                 time.sleep(0.05)

@@ -78,7 +78,7 @@ def free_ports(count: int) -> list[int]:
 
 def wait_for_dashboard(head: subprocess.Popen[bytes], address: str, log: Path) -> None:
     """Until it answers at all: 401 will do."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while True:
         assert head.poll() is None, log.read_text()
         try:

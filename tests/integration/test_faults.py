@@ -104,7 +104,7 @@ def test_a_worker_killed_between_compose_and_delete_leaves_no_composite_behind_t
 ):
     proxy = through([Fault(kind="stall", request="read", object_pattern="dataflux-composed", seconds=120.0, times=1)])
     process = digest(many_cases, proxy.url, "--transport", "compose", "--blocks-in-flight", "1")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not proxy.injected.get("stall"):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
