@@ -122,8 +122,8 @@ def test_a_cluster_of_another_version_is_refused_unless_asked_not_to_check(dashb
 
 def test_a_cluster_too_small_for_the_recipe_is_refused_before_anything_is_sent(dashboard, capsys):
     dashboard.nodes = [node("127.0.0.1", {"CPU": 1.0}), node("10.0.0.2", {"CPU": 64.0, "GPU": 8.0}, "DEAD", head=False)]
-    assert submit(dashboard) == 1
-    assert "expected at least 1 CPUs for reading" in capsys.readouterr().err
+    assert submit(dashboard, "--trainer.num-workers", "4") == 1
+    assert "expected at least 0.5 CPUs for reading" in capsys.readouterr().err
     dashboard.nodes = [node("127.0.0.1", {"CPU": 8.0, "GPU": 1.0})]
     assert submit(dashboard, "--trainer.use-gpu", "True") == 1
     error = capsys.readouterr().err
