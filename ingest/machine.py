@@ -110,8 +110,9 @@ def raise_file_limit() -> None:
         )
     if soft != resource.RLIM_INFINITY and soft < MANY_FILES:
         _warn(
+            "files",
             f"a process may open {soft} files here, which is few for Ray where it has many workers: connections may "
-            f"fail; {advice}"
+            f"fail; {advice}",
         )
 
 
@@ -140,14 +141,16 @@ def _check_object_store(folder: Path, free: int) -> None:
             store,
         )
     _warn(
+        "/dev/shm",
         f"/dev/shm has {_mib(shared)}, and Ray wants {_mib(store)} for its objects: it keeps them in {folder}, on "
-        f"disk, which is slower; {advice}"
+        f"disk, which is slower; {advice}",
     )
 
 
-def _warn(words: str) -> None:
-    if words not in _SAID:
-        _SAID.add(words)
+def _warn(subject: str, words: str) -> None:
+    """Say it once a process: the figures may be others at the next look."""
+    if subject not in _SAID:
+        _SAID.add(subject)
         _LOG.warning(words)
 
 

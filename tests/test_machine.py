@@ -22,6 +22,7 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(machine, "_SAID", set())
     monkeypatch.setenv("TMPDIR", "/tmp")
 
 
@@ -76,7 +77,8 @@ def test_a_disk_too_small_for_a_session_is_refused_with_the_room_that_is_needed(
 
 def test_a_small_shared_memory_is_said_once_and_refused_where_the_disk_cannot_take_its_place(monkeypatch, caplog):
     monkeypatch.setattr("ray._private.utils.get_shared_memory_bytes", lambda: 64 * 2**20)
-    monkeypatch.setattr("ray._private.utils.estimate_available_memory", lambda: 20 * 2**30)
+    free = iter([20 * 2**30, 19 * 2**30, 20 * 2**30])  # it is another at each look
+    monkeypatch.setattr("ray._private.utils.estimate_available_memory", lambda: next(free))
     with caplog.at_level(logging.WARNING):
         check_machine()
         check_machine()

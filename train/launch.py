@@ -19,7 +19,7 @@ import ray.train.torch
 from rich.console import Console
 
 from ingest.clean import sweep_run
-from ingest.cluster import check_before_ray, connected_ray, environment
+from ingest.cluster import check_before_ray, connected_ray, environment, starts_here
 from ingest.errors import ConfigError, PlaceNotFoundError
 from ingest.execution import execution_options
 from ingest.foreign_names import refuse_foreign_modules
@@ -367,7 +367,7 @@ def check_early(recipe: Recipe) -> None:
     Raises:
         ConfigError: there are too few.
     """
-    if not os.environ.get("RAY_ADDRESS"):
+    if starts_here():
         preflight.check_gpus(recipe, gpus_of_machine())
         preflight.check_cpus(recipe, os.cpu_count() or 1)  # a Ray that starts here has no more
     elif not recipe.data.images and not recipe.data.manifest and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:

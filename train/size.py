@@ -120,7 +120,8 @@ def measured(config: SizeConfig, console: Console) -> float:
     Raises:
         IngestError: the data cannot be read.
     """
-    from ingest.cluster import connected_ray  # Ray loads here, so that --help answers at once
+    # Ray loads here, so that --help answers at once.
+    from ingest.cluster import check_before_ray, connected_ray, starts_here
     from ingest.pipeline import training_dataset
 
     from .launch import data_of, open_data
@@ -133,11 +134,12 @@ def measured(config: SizeConfig, console: Console) -> float:
         crop=dataclasses.replace(DEMO.data.crop, patch=config.patch),
     )
     recipe = Recipe(data=data, demo=None if config.images else DEMO.demo)
-    if os.environ.get("RAY_ADDRESS"):
+    if not starts_here():
         raise ConfigError(
             f"expected a Ray of this machine to measure, found RAY_ADDRESS={os.environ['RAY_ADDRESS']}; unset it, or "
             "give --cpu-ms-per-sample"
         )
+    check_before_ray()  # before a demo's data is made
     with data_of(recipe, console) as placed, connected_ray():
         manifest, placed = open_data(placed, None, console)
         samples = training_dataset(manifest, placed.data, batch=min(config.batch, len(manifest)))

@@ -1,4 +1,4 @@
-"""`run` looks at the machine and at RAY_ADDRESS before it makes a demo's data or a run folder."""
+"""`run` and `size` look at the machine and at RAY_ADDRESS before they make a demo's data or a run folder."""
 
 from __future__ import annotations
 
@@ -28,4 +28,13 @@ def test_what_ray_could_not_start_with_ends_a_demo_before_anything_is_made(
     printed = capsys.readouterr()
     assert found in printed.err
     assert printed.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_size_looks_at_the_machine_before_it_makes_data_to_measure(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + 100 * "x")
+    assert main(["size", "--gpus", "1", "--step-s", "1", "--batch", "2"]) == 1
+    assert "bytes in RAY_TMPDIR" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
