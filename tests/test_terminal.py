@@ -168,10 +168,20 @@ def test_under_nohup_sighup_ends_nothing() -> None:
 
 
 def test_handlers_that_ray_sets_at_its_start_are_taken_back() -> None:
-    ours = signal.getsignal(signal.SIGTERM)
-    with signals.kept():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-    assert signal.getsignal(signal.SIGTERM) is ours
+    def ours(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def rays(number: int, frame: object) -> None:
+        sys.exit(number)
+
+    with signals.handling({signal.SIGTERM: ours}):
+        with signals.kept():
+            signal.signal(signal.SIGTERM, rays)
+        assert signal.getsignal(signal.SIGTERM) is ours
+    with signals.handling({signal.SIGTERM: signal.SIG_DFL}):
+        with signals.kept():
+            signal.signal(signal.SIGTERM, rays)
+        assert signal.getsignal(signal.SIGTERM) is rays  # better than none
 
 
 def test_a_signal_that_meets_the_handler_of_ray_is_told_of_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
