@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import rich.console
 import rich.progress
 
-from .errors import EmptyListingError
+from .errors import EmptyListingError, ListingError
 from .names import litter_kind, visible
 from .stores.base import Lists, ObjectMeta, StoreConfig, is_unread
 
@@ -61,11 +62,13 @@ def list_place(store: Lists, *, progress: bool = True) -> Listing:
 
     Raises:
         EmptyListingError: the place exists and holds no object that may be data.
+        ListingError: the name of a file is no text.
         PlaceNotFoundError: the bucket or folder does not exist.
         CredentialsError, PermissionDeniedError, UnreachableError: as named.
     """
     with _progress(store.uri, shown=progress) as found:
         objects, skipped = without_litter(_list(store, found))
+    _check_names(store.uri, objects)
     if skipped:
         logger.warning("%s: skipped %s", store.uri, _described(skipped))
     if not objects:
@@ -105,6 +108,22 @@ def describe_unread(objects: list[ObjectMeta]) -> str | None:
         f"{len(unread):,} of {len(objects):,} objects are stored with a Content-Encoding that is not read ({kinds}; "
         f"first: {visible(unread[0].name)}); decompress them and upload them anew, uncompressed or as gzip"
     )
+
+
+def _check_names(uri: str, objects: list[ObjectMeta]) -> None:
+    """Refuse names that a manifest cannot hold: Python gives bytes that it cannot decode as lone surrogates."""
+    for meta in objects:
+        if meta.name.isascii():
+            continue
+        try:
+            meta.name.encode()
+        except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            do = "rename it" if encoding == "utf-8" else "set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+            raise ListingError(
+                f"expected names of files in {encoding}, as the locale says, found {os.fsencode(meta.name)!r} in "
+                f"{uri}; {do}"
+            ) from None
 
 
 def _described(skipped: dict[str, list[ObjectMeta]]) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -65,16 +65,18 @@ def interrupted_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Put back the handlers of SIGTERM and SIGHUP afterwards: `ray.init` sets its own, which end the process silently.
+    """Put back this process's own handlers of SIGTERM and SIGHUP afterwards.
 
+    `ray.init` replaces them by one that ends the process without a word. Where the process has none, Ray's stays.
     Outside the main thread, where Ray sets none, nothing is done.
     """
-    with handling({number: signal.getsignal(number) for number in ending_signals()}):
+    own = {number: handler for number in ending_signals() if callable(handler := signal.getsignal(number))}
+    with handling(own):
         yield
 
 
 @contextlib.contextmanager
-def handling(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
+def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
     """Handle signals so, and put back afterwards how they were handled.
 
     Outside the main thread, which alone may set handlers, signals are left as they are.

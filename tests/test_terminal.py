@@ -15,7 +15,10 @@ import pytest
 from rich.console import Console
 
 from ingest import signals, terminal
+from ingest.__main__ import main as ingest_main
 from ingest.command import run_command
+from ingest.stores import open_store
+from ingest.testing import make_cases
 from train.inference import scores_table
 from train.stop import on_signals
 from train.validate import CaseScore, Scores
@@ -165,10 +168,20 @@ def test_under_nohup_sighup_ends_nothing() -> None:
 
 
 def test_handlers_that_ray_sets_at_its_start_are_taken_back() -> None:
-    ours = signal.getsignal(signal.SIGTERM)
-    with signals.kept():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-    assert signal.getsignal(signal.SIGTERM) is ours
+    def ours(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def rays(number: int, frame: object) -> None:
+        sys.exit(number)
+
+    with signals.handling({signal.SIGTERM: ours}):
+        with signals.kept():
+            signal.signal(signal.SIGTERM, rays)
+        assert signal.getsignal(signal.SIGTERM) is ours
+    with signals.handling({signal.SIGTERM: signal.SIG_DFL}):
+        with signals.kept():
+            signal.signal(signal.SIGTERM, rays)
+        assert signal.getsignal(signal.SIGTERM) is rays  # better than none
 
 
 def test_a_signal_that_meets_the_handler_of_ray_is_told_of_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,3 +248,28 @@ def test_outside_the_main_thread_a_command_runs_and_leaves_signals_alone() -> No
     thread.join()
     assert found == [4]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_names_of_files_that_the_locale_cannot_read_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    for role in ("images", "labels"):
+        (tmp_path / role).mkdir()
+        (tmp_path / role / f"kidney_ä_{role[0]}.npy").write_bytes(b"x")
+    places = ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")]
+    done = python("-m", "ingest", "inspect", *places, env=ASCII)
+    assert done.returncode == 1
+    assert "found b'kidney_\\xc3\\xa4_i.npy' in" in done.stdout
+    assert "set PYTHONUTF8=1" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_picture_that_cannot_be_written_is_told_of_and_nothing_else_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_cases(open_store(str(tmp_path / "images")), open_store(str(tmp_path / "labels")), 2)
+    monkeypatch.chdir("/proc")  # nobody can write here, root included
+    places = ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")]
+    assert ingest_main(["inspect", *places]) == 1
+    printed = capsys.readouterr().out
+    assert "wrong: expected to write inspect.png, found" in printed
+    assert "give another --picture" in printed
+    assert printed.endswith("wrong: no picture was written\n")

@@ -71,5 +71,6 @@ def check_no_password(recipe: Recipe) -> None:
         raise ConfigError(
             f"expected --trainer.mlflow {without_password(uri)} for a job, found a login with a password in it, which "
             "everyone who sees the cluster could read; give the URI without it, and set "
-            f"{NAME_VARIABLE} and {PASSWORD_VARIABLE} in the environment of the cluster's head"
+            f"{NAME_VARIABLE} and {PASSWORD_VARIABLE} in the environment of the cluster's head, or by --env, which "
+            "Ray's dashboard shows"
         )
