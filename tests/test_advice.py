@@ -32,11 +32,16 @@ def help_of(main, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def options() -> set[str]:
+def helps() -> list[str]:
     texts = [help_of(ingest_main.main, name) for name in ingest_main.COMMANDS]
     texts += [help_of(train_main.main, name) for name in train_main.COMMANDS if name != "run"]
     texts += [help_of(train_main.main, command, name) for command in ("run", "submit") for name in RECIPES]
-    return {found for text in texts for found in OPTION.findall(text)}
+    return texts
+
+
+@pytest.fixture(scope="module")
+def options(helps: list[str]) -> set[str]:
+    return {found for text in helps for found in OPTION.findall(text)}
 
 
 def messages(folder: str) -> Iterator[tuple[str, str]]:
@@ -65,6 +70,19 @@ def test_every_option_that_a_message_names_is_an_option_of_a_command(folder, opt
     assert len(named) > 30
     unknown = [(place, option) for place, option in named if option not in options | OF_OTHERS]
     assert unknown == []
+
+
+def test_an_option_that_takes_no_value_is_advised_without_one(helps):
+    """A boolean becomes the options `--trainer.check-resources` and `--trainer.no-check-resources`, with no value."""
+    advised = {
+        (place, option)
+        for folder in ("ingest", "train")
+        for place, text in messages(folder)
+        for option in re.findall(r"--([a-z.-]+[a-z]) (?:True|False)", text)
+    }
+    assert advised
+    take_a_value = {option for text in helps for option in re.findall(r"--([a-z.-]+[a-z])\s+\{None,True,False\}", text)}
+    assert {option for _, option in advised} <= take_a_value, advised
 
 
 def test_what_commands_print_keeps_names_in_brackets():
