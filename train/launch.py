@@ -24,6 +24,7 @@ from ingest.errors import ConfigError, PlaceNotFoundError
 from ingest.execution import execution_options
 from ingest.foreign_names import refuse_foreign_modules
 from ingest.holdout import Split
+from ingest.home import expanded
 from ingest.index import index_cases
 from ingest.listing import list_objects
 from ingest.manifest import Manifest, cases_of
@@ -407,7 +408,7 @@ def data_of(recipe: Recipe, console: Console, vitals: Vitals | None = None) -> I
     from ingest.prepare import PrepareConfig, prepare
 
     bucket = "voxflux-demo"
-    root = Path(recipe.demo.data_dir).expanduser().resolve()
+    root = Path(expanded(recipe.demo.data_dir)).resolve()
     shape = "x".join(map(str, recipe.demo.shape))
     place = f"mni152-{shape}-{recipe.demo.cases}"
     console.print(f"making or finding {recipe.demo.cases} MNI152-derived cases of {shape} in {root}")

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import IO
 
 from ingest.errors import ConfigError, PlaceNotFoundError
+from ingest.home import expanded
 from ingest.plan import Indices
 from ingest.stores import Store, open_store
 from ingest.stores.local import LocalStore
@@ -146,7 +147,7 @@ class Ledger:
 
 def absolute_place(folder: str) -> str:
     """A URI as it is; a path made absolute from the working directory of this process, which must be the driver."""
-    return folder if "://" in folder else str(Path(folder).expanduser().resolve())
+    return folder if "://" in folder else str(Path(expanded(folder)).resolve())
 
 
 def check_place(folder: str) -> str:
@@ -155,7 +156,7 @@ def check_place(folder: str) -> str:
     Raises:
         ConfigError: it is: a worker would open it below its own working directory, which Ray removes.
     """
-    if "://" not in folder and not Path(folder).expanduser().is_absolute():
+    if "://" not in folder and not Path(expanded(folder)).is_absolute():
         raise ConfigError(
             f"expected an absolute path or a gs:// place for the ledger, found {folder!r}; give --trainer.ledger "
             f"{absolute_place(folder)} or gs://…"

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ingest.errors import ConfigError, PlaceNotFoundError, StoreError
+from ingest.home import expanded
 from ingest.quarantine import QUARANTINE_FILE
 from ingest.stores import Store, open_store
 from ingest.stores.local import LocalStore
@@ -153,7 +154,7 @@ def make_folder(wanted: Path) -> Path:
 def resolve_run_dir(recipe: Recipe, name: str) -> str:
     """An absolute folder or a gs:// place, without a trailing slash; a new one where none was given."""
     given = recipe.trainer.resume or recipe.run_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    run_dir = given.rstrip("/") if "://" in given else str(Path(given).expanduser().resolve())
+    run_dir = given.rstrip("/") if "://" in given else str(Path(expanded(given)).resolve())
     check_ray_can_have(run_dir)
     if not run_dir.rpartition("/")[2].isascii():
         raise ConfigError(

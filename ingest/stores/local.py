@@ -25,6 +25,7 @@ from ..errors import (
     StaleManifestError,
     StoreError,
 )
+from ..home import expanded
 from .base import (
     BaseStore,
     Bodies,
@@ -59,7 +60,7 @@ class LocalStore(BaseStore):
             config: kept, for one shape of all stores.
 
         Raises:
-            ConfigError: the URI names a host.
+            ConfigError: the URI names a host, or `~` where there is no home folder.
         """
         if uri.startswith("file://"):
             parts = urlsplit(uri)
@@ -70,7 +71,7 @@ class LocalStore(BaseStore):
             folder = unquote(parts.path)
         else:
             folder = uri
-        self.root = os.path.abspath(os.path.expanduser(folder))  # noqa: PTH100, PTH111  Path.resolve follows links
+        self.root = os.path.abspath(expanded(folder))  # noqa: PTH100  Path.resolve follows links
         self.uri = Path(self.root).as_uri().rstrip("/") + "/"
         self.config = config or StoreConfig()
 

@@ -124,7 +124,7 @@ def test_a_run_hands_its_ranks_an_absolute_ledger(tmp_path, monkeypatch):
         pass
 
     @contextlib.contextmanager
-    def seen(recipe, _console):
+    def seen(recipe, _console, _vitals):
         handed.append(recipe.trainer.ledger)
         raise SeenError
         yield
