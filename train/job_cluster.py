@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
+import tenacity
+
 from ingest.errors import ConfigError, IngestError
 from ingest.proxies import bypass_for_loopback, through
 
@@ -153,6 +155,13 @@ def ask_cluster(client: JobSubmissionClient) -> ClusterFacts:
         ) from error
 
 
+# A busy dashboard closes a connection now and then, and asking changes nothing.
+@tenacity.retry(
+    retry=tenacity.retry_if_exception_type(OSError),
+    stop=tenacity.stop_after_attempt(4),
+    wait=tenacity.wait_fixed(0.5),
+    reraise=True,
+)
 def _get(client: JobSubmissionClient, path: str) -> Any:
     # Ray's own request, for its token and its errors; the paths are those that its dashboard page asks.
     answer = client._do_request("GET", path, timeout=TIMEOUT_S)

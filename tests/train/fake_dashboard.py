@@ -22,6 +22,7 @@ class FakeDashboard(ThreadingHTTPServer):
         self.python_version = platform.python_version()
         self.nodes: list[dict[str, Any]] = [node("127.0.0.1", {"CPU": 8.0})]
         self.blind_answers = 0  # so many times it knows of no node, as one does whose head has just started
+        self.dropped = 0  # so many connections it closes without an answer
         self.refusal: tuple[int, str] | None = None
         self.taken: set[str] = set()
         self.submitted: list[dict[str, Any]] = []
@@ -53,7 +54,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         facts = self.server
         path = self.path.partition("?")[0]
-        if facts.refusal is not None:
+        if path.startswith("/api/v0/") and facts.dropped > 0:
+            facts.dropped -= 1
+            self.close_connection = True
+        elif facts.refusal is not None:
             self._answer(*facts.refusal)
         elif path == "/api/version":
             self._answer(200, {"version": "4", "ray_version": facts.ray_version, "ray_commit": "x"})

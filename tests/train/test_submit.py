@@ -139,6 +139,13 @@ def test_a_head_that_has_just_started_is_asked_again_for_its_cpus(dashboard):
     assert len(dashboard.submitted) == 1
 
 
+def test_a_dashboard_that_closes_a_connection_is_asked_again(dashboard):
+    dashboard.dropped = 2
+    assert submit(dashboard) == 0
+    assert dashboard.dropped == 0
+    assert len(dashboard.submitted) == 1
+
+
 def test_a_submission_id_that_is_taken_or_no_name_is_refused(dashboard, capsys):
     dashboard.taken = {"mine"}
     assert submit(dashboard, "--submission-id", "mine") == 1
