@@ -21,6 +21,7 @@ from tests.train.fake_mlflow import NAME, PASSWORD, fake_mlflow
 from train.__main__ import main
 from train.checkpoint import read_position
 from train.config import Recipe, TrainerConfig, from_json
+from train.derive import derive
 from train.evaluate import SlidingWindowConfig
 from train.launch import run
 from train.optimizer import OptimizerConfig
@@ -75,7 +76,7 @@ def test_two_ranks_train_score_every_held_out_case_once_and_leave_a_whole_run_be
     state = torch.load(Path(outcome.checkpoint) / "state.pt", weights_only=True)
     position = read_position(outcome.run_dir)
     assert (position.epoch, position.step, len(position.before.indices)) == (2, 12, 0)
-    assert from_json(state["recipe"]).model == tiny(places.gs, tmp_path).model
+    assert from_json(state["recipe"]).model == derive(tiny(places.gs, tmp_path)).model
     assert all(Path(picture).read_bytes().startswith(b"\x89PNG") for picture in outcome.pictures)
     assert len(outcome.pictures) == 2
     actors = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
