@@ -10,9 +10,10 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import ray._private.worker
 
 from ingest import machine
-from ingest.cluster import runtime_env_of
+from ingest.cluster import runtime_env_of, without_the_raylet_s_log
 from ingest.errors import ConfigError, DiskFullError
 from ingest.machine import SOCKET_BYTES, check_machine, longest_socket, session_root
 
@@ -127,3 +128,17 @@ def test_a_hard_limit_of_open_files_that_ray_cannot_live_with_is_refused():
 )
 def test_an_interpreter_whose_path_a_shell_would_split_is_quoted_for_ray(executable, wanted):
     assert runtime_env_of(executable) == wanted
+
+
+def test_of_what_ray_prints_only_the_end_of_its_raylet_s_log_is_left_out(monkeypatch):
+    printed: list[str] = []
+
+    def keep(data: dict[str, list[str]], ignore_prefix: bool) -> None:
+        printed.extend(data["lines"])
+
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", keep)
+    with without_the_raylet_s_log():
+        for line in ("Raylet is terminated. Termination is unexpected.\n    [state-dump] 1", "A worker died"):
+            ray._private.worker.print_to_stdstream({"lines": [line]}, ignore_prefix=False)
+    assert printed == ["A worker died"]
+    assert ray._private.worker.print_to_stdstream is keep

@@ -17,6 +17,7 @@ from .metrics import Row, read_metrics
 from .monitor import Mark, Monitor
 from .monitor import Progress as RunProgress
 from .plain_json import is_figure
+from .ray_end import own_ray_ended
 from .restarts import in_words
 from .stop import Stopped
 from .tracking import MlflowRun
@@ -114,7 +115,8 @@ def following(
             yield
         finally:
             done.set()
-            thread.join()
+            while thread.is_alive() and not own_ray_ended():  # a question to a Ray that ended has no answer
+                thread.join(POLL_S)
 
 
 class EventLines:
@@ -147,7 +149,7 @@ class EventLines:
 
 def note_quarantine(job: LoopJob) -> None:
     """Tell the monitor how many cases are in quarantine."""
-    if job.quarantine is None or job.monitor is None:
+    if job.quarantine is None or job.monitor is None or own_ray_ended():
         return
     with contextlib.suppress(IngestError):  # a book that is just being started anew is asked again
         job.monitor.tell("quarantined", len(job.quarantine.indices()))

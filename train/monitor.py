@@ -26,6 +26,7 @@ from ingest.tally import Work
 from .gauges import Gauges
 from .lease import LEASE_STORE, require_held
 from .plain_json import is_figure
+from .ray_end import own_ray_ended
 from .records import Event, StepRecord, read_events, write_events, write_steps
 from .waits import Blocked, EpochWork, by_cause
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # longest wait for an answer of the monitor
+LOOK_S = 0.5  # between two looks whether there is a Ray that could answer
 TOLD = ("start", "fault", "warning")  # kinds of events that those who follow a run are told of as they happen
 RETRIES_TOGETHER_S = 10.0  # retries within this are one event
 
@@ -348,6 +350,8 @@ class Monitor:
 
     def tell(self, method: str, *arguments: object) -> None:
         """Tell and go on; where there is no monitor any more, nobody is told."""
+        if own_ray_ended():
+            return
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
             getattr(self._actor(), method).remote(*arguments)
 
@@ -356,13 +360,21 @@ class Monitor:
         self.tell("event", "warning", text)
 
     def ask(self, method: str, *arguments: object) -> Any:
-        """Its answer; None where none comes in good time."""
+        """Its answer; None where none comes in good time, or Ray ends while it is waited for."""
+        if own_ray_ended():
+            return None
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
-            return ray.get(getattr(self._actor(), method).remote(*arguments), timeout=ANSWER_S)
+            answer = getattr(self._actor(), method).remote(*arguments)
+            deadline = time.monotonic() + ANSWER_S
+            while time.monotonic() < deadline and not own_ray_ended():
+                if ray.wait([answer], timeout=LOOK_S)[0]:
+                    return ray.get(answer)
         return None
 
     def death(self) -> ray.exceptions.ActorDiedError | None:
         """Of what it died, where Ray does not start it again; None where it answers, or does not for now."""
+        if own_ray_ended():
+            return None
         try:
             ray.get(self._actor().progress.remote(), timeout=ANSWER_S)
         except ray.exceptions.ActorDiedError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -13,6 +14,7 @@ import ray
 from ingest.errors import ClusterError, IngestError
 
 from .ray_compat import own_dead_processes
+from .ray_end import end_own_ray
 
 T = TypeVar("T")
 
@@ -49,24 +51,40 @@ class Vitals:
 class OwnRay:
     """Looks at the Ray processes that this driver started; there are none where it joined a cluster."""
 
-    def __init__(self, run_dir: str, dead: Callable[[], Sequence[tuple[str, int, int]]] = own_dead_processes) -> None:
+    def __init__(
+        self,
+        run_dir: str,
+        dead: Callable[[], Sequence[tuple[str, int, int]]] = own_dead_processes,
+        end: Callable[[], None] = end_own_ray,
+    ) -> None:
         """Take what the message needs.
 
         Args:
             run_dir: the run's folder, to go on with.
             dead: gives name, pid and exit status of each that ended.
+            end: ends the others when one of them died.
         """
-        self._run_dir, self._dead = run_dir, dead
+        self._run_dir, self._dead, self._end = run_dir, dead, end
+        self._lock = threading.Lock()
+        self._error: IngestError | None = None
 
     def __call__(self) -> None:
         """See `Vitals.watch`."""
+        with self._lock:  # the thread that trains may look too, and would take those that we end for dead
+            self._error = self._error or self._found()
+        if self._error is not None:
+            raise self._error
+
+    def _found(self) -> IngestError | None:
         for name, pid, status in self._dead():
             if name in NEEDED:
-                raise IngestError(
+                self._end()
+                return IngestError(
                     f"expected Ray's {name} to live as long as the run ({NEEDED[name]}), found that pid {pid} "
                     f"{ended(status)}; look for what ended it (where memory ran out, `dmesg` says so), then go on with "
                     f"--trainer.resume {self._run_dir}"
                 )
+        return None
 
 
 class Head:

@@ -159,3 +159,29 @@ def test_a_run_that_is_asked_to_stop_tells_its_ranks_and_who_follows_it(lost, sa
     launch.ask_to_stop(job, Console(file=printed, width=200), lost)
     assert printed.getvalue().strip() == said
     assert calls == ["set", ("event", "stop", said.partition(": saving")[0])]
+
+
+class Silent:
+    """A quarantine of a Ray that ended: it never answers."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.test_is_over = threading.Event()
+
+    def indices(self) -> list[int]:
+        self.asked.set()
+        self.test_is_over.wait(100)
+        return []
+
+
+def test_a_run_whose_ray_ended_does_not_wait_for_an_answer_that_is_under_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "POLL_S", 0.01)
+    silent = Silent()
+    recipe = types.SimpleNamespace(trainer=types.SimpleNamespace(epochs=3))
+    monitor = Answering(str(tmp_path))
+    job = types.SimpleNamespace(monitor=monitor, run_dir=str(tmp_path), quarantine=silent, recipe=recipe)
+    with following(job, Console(quiet=True)):
+        assert silent.asked.wait(60)
+        monkeypatch.setattr(follow, "own_ray_ended", lambda: True)
+    assert not silent.test_is_over.is_set()
+    silent.test_is_over.set()

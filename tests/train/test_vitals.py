@@ -6,13 +6,16 @@ import os
 import signal
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 import ray
 
 from ingest.emulator import EmbeddedServer
 from ingest.errors import ClusterError, IngestError, UnreachableError
+from train.monitor import Monitor
 from train.ray_compat import own_dead_processes
+from train.ray_end import own_ray_ended
 from train.stop import in_thread
 from train.vitals import LOOK_S, SILENT_S, Head, OwnRay, Vitals, ended, guarded
 
@@ -50,7 +53,7 @@ def test_a_fit_that_fails_for_what_died_ends_with_the_message_of_what_died():
     vitals = Vitals()
     with pytest.raises(ray.exceptions.ActorDiedError):
         guarded(fit, vitals)
-    vitals.watch(OwnRay("/runs/a", lambda: [("raylet", 77, -9)]))
+    vitals.watch(OwnRay("/runs/a", lambda: [("raylet", 77, -9)], lambda: None))
     with pytest.raises(IngestError, match="expected Ray's raylet"):
         guarded(fit, vitals)
     assert guarded(lambda: 3, vitals) == 3
@@ -62,11 +65,11 @@ def test_a_process_of_ray_without_which_nothing_goes_on_is_named_with_how_it_end
         IngestError,
         match=rf"expected Ray's {name} to live .*found that pid 77 was killed by signal 9 \(SIGKILL\).*/runs/a",
     ):
-        OwnRay("/runs/a", lambda: [("log_monitor", 5, 1), (name, 77, -9)])()
+        OwnRay("/runs/a", lambda: [("log_monitor", 5, 1), (name, 77, -9)], lambda: None)()
 
 
 def test_processes_of_ray_that_only_log_and_show_end_no_run():
-    OwnRay("/runs/a", lambda: [("log_monitor", 5, 1), ("dashboard", 6, -15), ("monitor", 7, 0)])()
+    OwnRay("/runs/a", lambda: [("log_monitor", 5, 1), ("dashboard", 6, -15)], pytest.fail)()
 
 
 def test_where_no_ray_was_started_nothing_of_it_is_dead(monkeypatch):
@@ -109,3 +112,32 @@ def test_a_head_that_is_back_in_time_is_forgiven():
         look()
     now[0] = 2 * SILENT_S
     look()
+
+
+class Node:
+    """Stands for Ray's: of those of its processes that it killed itself, it says nothing."""
+
+    def __init__(self) -> None:
+        self.dead = [("raylet", SimpleNamespace(pid=77, returncode=-9))]
+
+    def dead_processes(self) -> list[tuple[str, SimpleNamespace]]:
+        return self.dead
+
+    def kill_all_processes(self, *, check_alive: bool, allow_graceful: bool) -> None:
+        self.dead = []
+
+
+def test_what_is_left_of_ray_is_ended_once_and_nobody_asks_it_any_more(monkeypatch):
+    monkeypatch.setattr("ray._private.worker._global_node", Node())
+    look = OwnRay("/runs/a")
+    assert not own_ray_ended()
+    for _ in range(2):  # the main thread, and the one that trains
+        with pytest.raises(IngestError, match="expected Ray's raylet"):
+            look()
+    assert own_ray_ended()
+    monitor = Monitor("nobody", "nowhere", keeper=object())  # an ask would raise: it is no actor
+    assert monitor.ask("progress") is None
+    assert monitor.death() is None
+    monitor.tell("event", "fault", "x")
+    monkeypatch.setattr("ray._private.worker._global_node", Node())
+    assert not own_ray_ended()
