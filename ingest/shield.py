@@ -24,6 +24,15 @@ UNUSABLE = 66
 """Exit status of a worker process that cannot load what a fresh process can."""
 
 
+_ENDING: list[threading.Event] = []  # of dropped tasks that may not have ended yet
+
+
+def _wait_for_dropped_tasks() -> None:
+    for ended in list(_ENDING):
+        ended.wait()
+        _ENDING.remove(ended)
+
+
 def shielded(payload: bytes, *arguments: Any) -> Iterator[Any]:
     """Yield the items of a pickled generator function, each made on another thread than this one.
 
@@ -32,7 +41,8 @@ def shielded(payload: bytes, *arguments: Any) -> Iterator[Any]:
         arguments: what the function is called with.
 
     Raises:
-        KeyboardInterrupt: the task was cancelled. The step under way has ended by then, and its generator is closed.
+        KeyboardInterrupt: the task was cancelled in the middle of a step. The step has ended by then, and its generator
+            is closed. A task that is dropped between two steps is closed before the next one begins.
         Exception: whatever the function raises.
     """
     steps: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -41,6 +51,8 @@ def shielded(payload: bytes, *arguments: Any) -> Iterator[Any]:
     thread = threading.Thread(
         target=_serve, args=(payload, arguments, steps, answers, ended), name="voxflux-task", daemon=True
     )
+    _wait_for_dropped_tasks()
+    waits = True
     try:
         thread.start()
         while True:
@@ -52,9 +64,16 @@ def shielded(payload: bytes, *arguments: Any) -> Iterator[Any]:
                 return
             yield value
             del value  # a block is large, and the next one is made before this name is bound again
+    except GeneratorExit:
+        # The task was dropped between two steps, often by the garbage collector, which may run while this thread holds
+        # a lock that the end of the other thread needs: Ray loads functions and actors under one lock. So the next task
+        # waits for that end, and this thread does not.
+        waits = False
+        _ENDING.append(ended)
+        raise
     finally:
         steps.put(False)
-        while thread.is_alive() and not ended.is_set():
+        while waits and thread.is_alive() and not ended.is_set():
             try:
                 ended.wait()
             except KeyboardInterrupt:  # noqa: PERF203  waiting costs more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import pickle
 import random
@@ -65,7 +66,8 @@ def test_a_task_that_is_left_early_is_closed_before_the_next_begins():
     items = shielded(pickle.dumps(functools.partial(counted_here, 3)))
     assert next(items) == 0
     items.close()
-    assert LOG == ["voxflux-task", "closed"]
+    assert list(shielded(pickle.dumps(functools.partial(counted_here, 1)))) == [0]
+    assert LOG == ["voxflux-task", "closed"] * 2
 
 
 def fails_after(items: int) -> Iterator[int]:
@@ -97,3 +99,35 @@ def test_a_task_that_no_process_can_load_is_an_error_and_ends_no_process():
     payload = pickle.dumps(functools.partial(counted_here, 1)).replace(b"counted_here", b"nowhere_here")
     with pytest.raises(AttributeError):
         next(shielded(payload))
+
+
+LOCK = threading.RLock()
+CLOSED = threading.Event()
+
+
+def closed_under_the_lock(items: int) -> Iterator[int]:
+    try:
+        yield from range(items)
+    finally:
+        with LOCK:
+            CLOSED.set()
+
+
+def test_a_dropped_task_that_the_collector_finds_does_not_wait_for_a_lock_of_its_finder():
+    """Ray loads a task under a lock which the end of the task before may need, to find an actor."""
+
+    def drop() -> None:
+        with LOCK:
+            items = shielded(pickle.dumps(functools.partial(closed_under_the_lock, 3)))
+            assert next(items) == 0
+            cycle = [items]
+            cycle.append(cycle)
+            del items, cycle
+            gc.collect()
+
+    CLOSED.clear()
+    finder = threading.Thread(target=drop, daemon=True)
+    finder.start()
+    finder.join(60)
+    assert not finder.is_alive()
+    assert CLOSED.wait(60)  # all the same, its generator is closed
