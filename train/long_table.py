@@ -40,8 +40,9 @@ def add_chosen(table: Table, cells: list[tuple[str, ...]], problems: Collection[
         best: position of the best row; None if there is none.
     """
     chosen = printed_rows(len(cells), problems, best)
-    for at, following in zip(chosen, [*chosen[1:], None], strict=True):
-        table.add_row(*cells[at], end_section=following is not None and following != at + 1)
+    for place, at in enumerate(chosen):
+        left_out = place + 1 < len(chosen) and chosen[place + 1] != at + 1
+        table.add_row(*cells[at], end_section=left_out)
     if len(chosen) < len(cells):
         kinds = [f"the first and last {ENDS}", *(["the best"] if best is not None else [])]
         if problems:

@@ -61,6 +61,10 @@ def test_the_table_counts_epochs_from_1() -> None:
     assert epochs_of(printed(epoch_table(rows(3)))) == [1, 2, 3]
 
 
+def test_the_table_of_a_run_that_was_stopped_in_its_first_epoch_is_empty() -> None:
+    assert epoch_table([]).row_count == 0
+
+
 def test_a_table_of_40_epochs_is_printed_whole() -> None:
     text = printed(epoch_table(rows(40)))
     assert epochs_of(text) == list(range(1, 41))
