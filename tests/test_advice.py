@@ -10,9 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tyro
 
 from ingest import __main__ as ingest_main
+from ingest import commands
+from ingest.clean import CleanConfig
+from ingest.prepare import PrepareConfig
 from train import __main__ as train_main
+from train.commands import chosen_recipe
+from train.inference import EvaluateConfig
 from train.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +89,58 @@ def test_an_option_that_takes_no_value_is_advised_without_one(helps):
     assert advised
     take_a_value = {option for text in helps for option in re.findall(r"--([a-z.-]+[a-z])\s+\{None,True,False\}", text)}
     assert {option for _, option in advised} <= take_a_value, advised
+
+
+LITERAL = {
+    "0",
+    "1",
+    "1h",
+    "True",
+    "False",
+    "auto",
+    "fail",
+    "fp32",
+    "grid",
+    "held-out",
+    "kits19",
+    "quarantine",
+    "refresh",
+}
+LITERAL |= {"resample", "''"}
+"""Values that messages advise as they stand; other words after an option are prose or a place to fill."""
+GIVEN = {
+    "run": lambda given: chosen_recipe(["demo", *given]),
+    "index": lambda given: tyro.cli(
+        commands.IndexConfig, args=["--images", "i", "--labels", "l", "--output", "o", *given]
+    ),
+    "prepare": lambda given: tyro.cli(
+        PrepareConfig, args=["--source", "kits19", "--input", "i", "--output", "o", *given]
+    ),
+    "clean": lambda given: tyro.cli(CleanConfig, args=["gs://b", *given]),
+    "evaluate": lambda given: tyro.cli(EvaluateConfig, args=["--checkpoint", "c", *given]),
+}
+
+
+def accepted(given: list[str]) -> list[str]:
+    """The commands that take these arguments."""
+    taken = []
+    for name, parse in GIVEN.items():
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.suppress(SystemExit):
+                parse(given)
+                taken.append(name)
+    return taken
+
+
+def test_every_value_that_a_message_advises_is_accepted_by_its_command():
+    advised = re.compile(r"(?<![\w-])(--[a-z][a-z0-9]*(?:[.-][a-z0-9]+)*) ([^\s`;,:)]+)")
+    named = {found for folder in ("ingest", "train") for _, text in messages(folder) for found in advised.findall(text)}
+    as_they_stand = sorted((option, value) for option, value in named if value in LITERAL)
+    assert len(as_they_stand) >= 15
+    assert {value for _, value in as_they_stand} == LITERAL
+    refused = [(option, value) for option, value in as_they_stand if not accepted([option, value.strip("'")])]
+    assert refused == []
+    assert accepted(["--trainer.check-resources", "False"]) == []  # an advice that was once given, and is refused
 
 
 def test_what_commands_print_keeps_names_in_brackets():
