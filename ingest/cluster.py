@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-import ray._private.node
-import ray._private.worker
 import ray.data
 import ray.exceptions
 
@@ -22,6 +20,7 @@ from .errors import ClusterError, IngestError
 from .foreign_names import refuse_foreign_modules
 from .machine import check_machine, session_root
 from .ray_address import check_address, refused
+from .ray_compat import end_half_started, without_raylet_log
 from .ray_token import check_token_path, token_of_own_ray
 
 PASSED_ON = ("STORAGE_EMULATOR_HOST",)  # workers of a running cluster do not inherit these from us
@@ -40,10 +39,10 @@ TUNED = {
 def connected_ray() -> Iterator[bool]:
     """Connect to Ray, and disconnect again where it was not connected before.
 
-    An initialised Ray is taken as it is; RAY_ADDRESS names a cluster; else Ray starts here, as it does where
-    RAY_ADDRESS is `local`. It stays quiet: its logs lie in its session folder (/tmp/ray) and on the dashboard, and
-    errors come as exceptions. Workers' allocators are tuned (`TUNED`), unless GLIBC_TUNABLES is set here or for the
-    job.
+    An initialised Ray is taken as it is. If RAY_ADDRESS names a cluster, this process joins it. If RAY_ADDRESS is not
+    set, or is `local`, Ray starts here. It stays quiet: its logs lie in its session folder (/tmp/ray) and on the
+    dashboard, and errors come as exceptions. Workers' allocators are tuned (`TUNED`), unless GLIBC_TUNABLES is set here
+    or for the job.
 
     Yields:
         Whether Ray was started here.
@@ -71,7 +70,7 @@ def connected_ray() -> Iterator[bool]:
             # load Ray twice, and those that Ray starts in advance would be of no use.
             passed |= stack.enter_context(token_of_own_ray())
             with environment(passed), signals.kept():
-                stack.enter_context(without_the_raylet_s_log())
+                stack.enter_context(without_raylet_log())
                 # Without "local" Ray would join whatever cluster was started last on this machine.
                 start_ray(
                     address="local",
@@ -88,7 +87,7 @@ def connected_ray() -> Iterator[bool]:
 
 
 def starts_here() -> bool:
-    """Whether a Ray of this machine's own is started: RAY_ADDRESS names no cluster."""
+    """Return whether this process starts a Ray of its own, because RAY_ADDRESS names no cluster."""
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
@@ -99,26 +98,6 @@ def check_before_ray() -> None:
     else:
         check_token_path()
         check_address(os.environ["RAY_ADDRESS"])
-
-
-@contextlib.contextmanager
-def without_the_raylet_s_log() -> Iterator[None]:
-    """Keep Ray from printing the end of its raylet's log, twice, when the raylet of a Ray of ours dies.
-
-    Ray prints such errors whether its workers' output is printed or not, and the log says nothing of a kill. The
-    driver of a run says what died (`train.vitals`). Private to Ray 2.60; test: `test_what_a_run_cannot_live_without_…`.
-    """
-    printed = ray._private.worker.print_to_stdstream
-
-    def told(data: dict[str, Any], *arguments: Any, **settings: Any) -> None:
-        if not any(str(line).startswith("Raylet is terminated.") for line in data.get("lines", ())):
-            printed(data, *arguments, **settings)
-
-    ray._private.worker.print_to_stdstream = told
-    try:
-        yield
-    finally:
-        ray._private.worker.print_to_stdstream = printed
 
 
 def runtime_env_of(executable: str) -> dict[str, Any] | None:
@@ -132,7 +111,7 @@ def runtime_env_of(executable: str) -> dict[str, Any] | None:
 
 
 QUIET = {
-    # What workers print, progress bars above all, would bury the run's own lines, in a job's log too.
+    # The output of workers, above all progress bars, would bury the run's own lines, in a job's log too.
     "log_to_driver": False,
     "logging_level": logging.ERROR,
 }
@@ -168,20 +147,6 @@ def _slow(error: BaseException) -> bool:
     return any(words in str(error).lower() for words in ("timed out", "timeout"))
 
 
-def end_half_started(error: BaseException) -> None:
-    """End the processes of a node that did not start: Ray leaves them to the end of this process.
-
-    The node is known only to the frames that the error came through.
-    """
-    trace = error.__traceback__
-    while trace is not None:
-        node = trace.tb_frame.f_locals.get("self")
-        if isinstance(node, ray._private.node.Node):
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
-            return
-        trace = trace.tb_next
-
-
 def join_ray(init: Callable[..., object] = ray.init, **settings: Any) -> None:
     """Connect to the cluster that RAY_ADDRESS names.
 
@@ -213,7 +178,7 @@ def _refused(error: BaseException) -> bool:
 
 
 def _last_line(error: BaseException) -> str:
-    """The last line of the innermost cause, as it says most."""
+    """Return the last line of the innermost cause, which says the most."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

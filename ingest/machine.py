@@ -120,16 +120,15 @@ def _check_object_store(folder: Path, free: int) -> None:
     """Ray puts its object store on disk, without a word at our log level, where /dev/shm is too small for it."""
     if sys.platform != "linux":
         return
-    from ray._private.utils import estimate_available_memory, get_shared_memory_bytes, resolve_object_store_memory
+    from .ray_compat import object_store_bytes, shared_memory_bytes  # Ray loads here, after the cheap checks
 
     try:
-        shared = int(get_shared_memory_bytes())  # type: ignore[no-untyped-call]
+        shared = shared_memory_bytes()
     except OSError as error:
         raise ConfigError(
             f"expected a folder /dev/shm, where Ray keeps its objects, found: {error.strerror}; mount a tmpfs there"
         ) from error
-    memory = estimate_available_memory()  # type: ignore[no-untyped-call]
-    store = int(resolve_object_store_memory(memory, None))
+    store = object_store_bytes()
     if shared >= store:
         return
     advice = f"give the machine a larger /dev/shm, in a container by `docker run --shm-size={-(-store // 2**30)}g`"

@@ -74,11 +74,10 @@ def found_here() -> str:
     Raises:
         ClusterError: there is none.
     """
-    from ray._private.services import canonicalize_bootstrap_address, find_gcs_addresses
+    from .ray_compat import address_here
 
-    find_gcs_addresses.cache_clear()  # type: ignore[attr-defined]
     try:
-        return str(canonicalize_bootstrap_address("auto"))
+        return address_here()
     except ConnectionError as error:
         raise ClusterError(
             f"expected a Ray cluster that runs on this machine, as RAY_ADDRESS=auto says, found none; start one with "
@@ -117,12 +116,13 @@ def takes_token(host: str, port: int, address: str) -> None:
         ClusterError: it wants another token, or one at all.
     """
     import grpc
-    from ray._private.authentication.grpc_authentication_client_interceptor import _get_authentication_metadata_tuple
     from ray.exceptions import AuthenticationError
+
+    from .ray_compat import token_metadata
 
     shown = f"[{host}]" if ":" in host else host
     try:
-        token = _get_authentication_metadata_tuple()
+        token = token_metadata()
         with grpc.insecure_channel(f"{shown}:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
             ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
             ask(b"", timeout=CONNECT_S, metadata=token)
@@ -175,10 +175,10 @@ def _wait_for_raylet(address: str) -> None:
     Raises:
         ClusterError: no node of any cluster runs here.
     """
-    from ray._private.services import find_node_ids
+    from .ray_compat import has_node_here
 
     deadline = time.monotonic() + CONNECT_S
-    while not find_node_ids():  # type: ignore[no-untyped-call]
+    while not has_node_here():
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"expected this machine to be a node of the cluster at RAY_ADDRESS={address}, found no node of Ray on "

@@ -50,11 +50,11 @@ def token_of_own_ray() -> Iterator[dict[str, str]]:
     Yields:
         What to set in the environment while Ray starts; its processes inherit it.
     """
-    # Private to Ray 2.60: its cache outlives one session.
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
-    loader = AuthenticationTokenLoader.instance()
+    from .ray_compat import token_loader
+
+    loader = token_loader()
     loader.reset_cache()
     variables = {}
     if os.environ.get("RAY_AUTH_MODE", "token").lower() == "token":

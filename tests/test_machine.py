@@ -13,9 +13,10 @@ import pytest
 import ray._private.worker
 
 from ingest import machine
-from ingest.cluster import runtime_env_of, without_the_raylet_s_log
+from ingest.cluster import runtime_env_of
 from ingest.errors import ConfigError, DiskFullError
 from ingest.machine import SOCKET_BYTES, check_machine, longest_socket, session_root
+from ingest.ray_compat import without_raylet_log
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -77,9 +78,9 @@ def test_a_disk_too_small_for_a_session_is_refused_with_the_room_that_is_needed(
 
 
 def test_a_small_shared_memory_is_said_once_and_refused_where_the_disk_cannot_take_its_place(monkeypatch, caplog):
-    monkeypatch.setattr("ray._private.utils.get_shared_memory_bytes", lambda: 64 * 2**20)
+    monkeypatch.setattr("ingest.ray_compat.get_shared_memory_bytes", lambda: 64 * 2**20)
     free = iter([20 * 2**30, 19 * 2**30, 20 * 2**30])  # it is another at each look
-    monkeypatch.setattr("ray._private.utils.estimate_available_memory", lambda: next(free))
+    monkeypatch.setattr("ingest.ray_compat.estimate_available_memory", lambda: next(free))
     with caplog.at_level(logging.WARNING):
         check_machine()
         check_machine()
@@ -137,7 +138,7 @@ def test_of_what_ray_prints_only_the_end_of_its_raylet_s_log_is_left_out(monkeyp
         printed.extend(data["lines"])
 
     monkeypatch.setattr(ray._private.worker, "print_to_stdstream", keep)
-    with without_the_raylet_s_log():
+    with without_raylet_log():
         for line in ("Raylet is terminated. Termination is unexpected.\n    [state-dump] 1", "A worker died"):
             ray._private.worker.print_to_stdstream({"lines": [line]}, ignore_prefix=False)
     assert printed == ["A worker died"]

@@ -130,7 +130,7 @@ def test_a_server_of_grpc_is_taken_for_ray_s():
 
 def test_a_machine_on_which_no_node_of_ray_runs_is_told_where_to_run(monkeypatch):
     monkeypatch.setattr(ray_address, "CONNECT_S", 0.1)
-    monkeypatch.setattr("ray._private.services.find_node_ids", set)
+    monkeypatch.setattr("ingest.ray_compat.find_node_ids", set)
     with answering(b"\0\0\0\4\0\0\0\0\0") as port, pytest.raises(ClusterError, match="found no node of Ray on it"):
         check_address(f"127.0.0.1:{port}")
 
@@ -139,7 +139,7 @@ def test_auto_without_a_cluster_on_this_machine_is_said(monkeypatch):
     def none(address: str) -> str:
         raise ConnectionError("Could not find any running Ray instance. Please specify the one to connect to")
 
-    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", none)
+    monkeypatch.setattr("ingest.ray_compat.canonicalize_bootstrap_address", none)
     with pytest.raises(ClusterError, match=r"as RAY_ADDRESS=auto says, found none; .*unset RAY_ADDRESS"):
         check_address("auto")
 

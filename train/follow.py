@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ingest.errors import IngestError
+from ingest.ray_compat import own_ray_ended
 
 from .loop import LoopJob
 from .metrics import Row, read_metrics
 from .monitor import Mark, Monitor
 from .monitor import Progress as RunProgress
 from .plain_json import is_figure
-from .ray_end import own_ray_ended
 from .restarts import in_words
 from .stop import Stopped
 from .tracking import MlflowRun

@@ -20,13 +20,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ingest.actors import started_again
 from ingest.errors import IngestError
+from ingest.ray_compat import own_ray_ended
 from ingest.stores import open_store
 from ingest.tally import Work
 
 from .gauges import Gauges
 from .lease import LEASE_STORE, require_held
 from .plain_json import is_figure
-from .ray_end import own_ray_ended
 from .records import Event, StepRecord, read_events, write_events, write_steps
 from .waits import Blocked, EpochWork, by_cause
 

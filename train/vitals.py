@@ -12,9 +12,9 @@ from typing import TypeVar
 import ray
 
 from ingest.errors import ClusterError, IngestError
+from ingest.ray_compat import end_own_ray
 
 from .ray_compat import own_dead_processes
-from .ray_end import end_own_ray
 
 T = TypeVar("T")
 

@@ -13,9 +13,9 @@ import ray
 
 from ingest.emulator import EmbeddedServer
 from ingest.errors import ClusterError, IngestError, UnreachableError
+from ingest.ray_compat import own_ray_ended
 from train.monitor import Monitor
 from train.ray_compat import own_dead_processes
-from train.ray_end import own_ray_ended
 from train.stop import in_thread
 from train.vitals import LOOK_S, SILENT_S, Head, OwnRay, Vitals, ended, guarded
 
