@@ -9,7 +9,8 @@ import os
 import platform
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tenacity
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
     from .config import Recipe
+
+T = TypeVar("T")
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_S = 10.0
@@ -155,16 +158,26 @@ def ask_cluster(client: JobSubmissionClient) -> ClusterFacts:
         ) from error
 
 
-# A busy dashboard closes a connection now and then, and asking changes nothing.
-@tenacity.retry(
-    retry=tenacity.retry_if_exception_type(OSError),
-    stop=tenacity.stop_after_attempt(4),
-    wait=tenacity.wait_fixed(0.5),
-    reraise=True,
-)
+def patiently(ask: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+    """Ask a dashboard, and ask again if the connection fails: a busy dashboard closes one now and then.
+
+    Only for requests that may arrive twice.
+
+    Raises:
+        OSError: the connection failed four times.
+    """
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(OSError),
+        stop=tenacity.stop_after_attempt(4),
+        wait=tenacity.wait_fixed(0.5),
+        reraise=True,
+    )
+    return retrying(ask, *arguments, **settings)
+
+
 def _get(client: JobSubmissionClient, path: str) -> Any:
     # Ray's own request, for its token and its errors; the paths are those that its dashboard page asks.
-    answer = client._do_request("GET", path, timeout=TIMEOUT_S)
+    answer = patiently(client._do_request, "GET", path, timeout=TIMEOUT_S)
     if answer.status_code != 200:
         raise ValueError(f"{path} gave status {answer.status_code}")
     return json.loads(answer.text)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ingest.signals import came
 
-from .job_cluster import JobError, refused
+from .job_cluster import JobError, patiently, refused
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -34,7 +34,7 @@ def details_of(client: JobSubmissionClient, submission_id: str) -> JobDetails:
 
     address = client.get_address()
     try:
-        return client.get_job_info(submission_id)
+        return patiently(client.get_job_info, submission_id)
     except AuthenticationError as error:
         raise refused(address, error) from error
     except RuntimeError as error:
@@ -49,6 +49,24 @@ def details_of(client: JobSubmissionClient, submission_id: str) -> JobDetails:
 
 def _last_line(error: Exception) -> str:
     return str(error).strip().rpartition("\n")[2]
+
+
+def tell_to_stop(client: JobSubmissionClient, submission_id: str) -> bool:
+    """Tell the cluster to stop a job. To tell it twice does no harm.
+
+    Returns:
+        Whether Ray knows a process of the job.
+
+    Raises:
+        JobError: the cluster does not take the order.
+    """
+    try:
+        return bool(patiently(client.stop_job, submission_id))
+    except (RuntimeError, OSError) as error:
+        raise JobError(
+            f"expected {client.get_address()} to take the order to stop {submission_id}, found: {_last_line(error)}; "
+            f"see `voxflux status {submission_id}`, and try again"
+        ) from error
 
 
 def wait_for_end(client: JobSubmissionClient, submission_id: str, limit_s: float) -> str:
@@ -102,7 +120,7 @@ def follow(client: JobSubmissionClient, submission_id: str, console: Console) ->
                 )
                 return 130
             asked = True
-            client.stop_job(submission_id)
+            tell_to_stop(client, submission_id)
             console.print(f"stopping {submission_id}: it saves after its step; Ctrl-C again leaves it to itself")
     ended = details_of(client, submission_id)
     console.print(f"job {submission_id}: {ended.status.value}")

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from ingest.terminal import literal, plain_console
 
-from .job_cluster import JobError, connect, refused
-from .job_follow import details_of, follow, wait_for_end, waiting_reason
+from .job_cluster import JobError, connect, patiently, refused
+from .job_follow import details_of, follow, tell_to_stop, wait_for_end, waiting_reason
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -75,10 +75,10 @@ def job_logs(arguments: list[str]) -> int:
     if config.follow:
         return follow(client, config.submission_id, plain_console())
     try:
-        sys.stdout.write(client.get_job_logs(config.submission_id))
-    except RuntimeError as error:
+        sys.stdout.write(patiently(client.get_job_logs, config.submission_id))
+    except (RuntimeError, OSError) as error:
         raise JobError(
-            f"expected the log of {config.submission_id}, found: {str(error).strip().rpartition(chr(10))[2]}"
+            f"expected the log of {config.submission_id}, found: {str(error).strip().rpartition(chr(10))[2]}; try again"
         ) from error
     return 0
 
@@ -92,7 +92,7 @@ def stop_job(arguments: list[str]) -> int:
     if before.is_terminal():
         console.print(f"{config.submission_id} had ended already: {before.value}")
         return 0
-    known = client.stop_job(config.submission_id)
+    known = tell_to_stop(client, config.submission_id)
     name = config.submission_id
     if before.value != "PENDING":
         console.print(f"stopping {name}: it saves after the step under way")
@@ -121,11 +121,11 @@ def list_jobs(arguments: list[str]) -> int:
     from ray.exceptions import AuthenticationError
 
     try:
-        jobs = [job for job in client.list_jobs() if job.submission_id]
+        jobs = [job for job in patiently(client.list_jobs) if job.submission_id]
     except AuthenticationError as error:
         raise refused(client.get_address(), error) from error
     except (RuntimeError, OSError) as error:
-        raise JobError(f"expected {client.get_address()} to list its jobs, found: {error}") from error
+        raise JobError(f"expected {client.get_address()} to list its jobs, found: {error}; try again") from error
     console = plain_console()
     if not jobs:
         console.print(f"no jobs at {client.get_address()} yet")

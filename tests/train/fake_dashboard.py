@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         facts = self.server
         path = self.path.partition("?")[0]
-        if path.startswith("/api/v0/") and facts.dropped > 0:
+        if path.startswith(("/api/v0/", "/api/jobs/")) and facts.dropped > 0:
             facts.dropped -= 1
             self.close_connection = True
         elif facts.refusal is not None:

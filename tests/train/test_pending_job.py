@@ -14,7 +14,8 @@ from rich.console import Console
 from tests.train.fake_dashboard import fake_dashboard
 from train import job_follow
 from train.__main__ import main
-from train.job_follow import follow
+from train.job_cluster import JobError
+from train.job_follow import follow, tell_to_stop
 
 WAITS = "Job has not started yet. It may be waiting for the runtime environment to be set up."
 
@@ -101,3 +102,12 @@ def test_a_job_that_is_followed_and_does_not_start_is_said_to_wait_and_why(monke
     assert follow(cluster, "mine", console) == 0
     assert f"the job is PENDING for 0 s: {WAITS[:-1]}; a head whose RAY_AUTH_TOKEN_PATH" in console.file.getvalue()
     assert capsys.readouterr().out == "epoch 1\n"
+
+
+def test_an_order_to_stop_that_does_not_arrive_is_an_error_that_says_what_to_do():
+    class Deaf(Cluster):
+        def stop_job(self, submission_id: str) -> bool:
+            raise ConnectionError("the connection was closed")
+
+    with pytest.raises(JobError, match=r"to take the order to stop mine, found: the connection.*`voxflux status mine`"):
+        tell_to_stop(Deaf(JobStatus.RUNNING), "mine")

@@ -146,6 +146,14 @@ def test_a_dashboard_that_closes_a_connection_is_asked_again(dashboard):
     assert len(dashboard.submitted) == 1
 
 
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_a_dashboard_that_closes_a_connection_is_asked_again_for_a_job(command, dashboard, capsys):
+    dashboard.dropped = 2
+    assert main([command, "ghost", "--address", dashboard.url]) == 1
+    assert dashboard.dropped == 0
+    assert "expected a job 'ghost'" in capsys.readouterr().err
+
+
 def test_a_submission_id_that_is_taken_or_no_name_is_refused(dashboard, capsys):
     dashboard.taken = {"mine"}
     assert submit(dashboard, "--submission-id", "mine") == 1
