@@ -66,7 +66,7 @@ def folder_of(pairs: int, pair_kb: int) -> Path:
 
 
 def are_made(pairs: int, pair_kb: int) -> bool:
-    """Whether the pairs are there already."""
+    """Return whether the pairs exist already."""
     return (folder_of(pairs, pair_kb) / ".made").exists()
 
 

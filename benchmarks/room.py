@@ -1,4 +1,4 @@
-"""Whether a machine has the disk and the memory that a benchmark takes; asked before its pairs are made."""
+"""Checks, before pairs are made, that the machine has the disk and the memory that a benchmark needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ingest.errors import ConfigError
 
 GIB = 2**30
 TOGETHER_BYTES = GIB
-"""Of pairs that all processes of a loader may hold at once, as the server sent them."""
+"""Most bytes of pairs, as the server sent them, that all processes of a loader together hold at once."""
 
 COPIES = 3  # of those: as they came, decoded, and as a client's library keeps them meanwhile
 BASE_BYTES = 3 * GIB  # Ray with its object store, torch, and this process

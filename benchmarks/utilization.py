@@ -153,7 +153,7 @@ def run(config: UtilizationConfig, console: Console) -> int:
         if "sweep" in config.profile or config.images:
             with _data(config, config.pairs, config.pair_kb) as (place, folder):
                 sweep(config, place, folder, console, rows)
-        # What is measured before one fails stays in the list.
+        # If a measurement fails, those before it stay in the list.
         rows.extend(known_job(config, name, console) for name in config.profile if name != "sweep")
     report = Report(name="utilization", rows=rows, meta=meta)
     report.print(console, FIELDS)

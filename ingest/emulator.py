@@ -108,7 +108,7 @@ class EmbeddedServer:
         if self._process is not None:
             raise IngestError(f"expected a stopped server, found one at {self.url}; stop it first")
         binary = server_binary()
-        bypass_for_loopback()  # of whoever talks to the server from here
+        bypass_for_loopback()  # every client in this process must reach the server
         if self._port:
             _check_port(self._port)
         self._scratch = tempfile.TemporaryDirectory(prefix="voxflux-server-", dir=self._scratch_in)

@@ -16,7 +16,7 @@ SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 """The longest path of a Unix socket."""
 
 SESSION_BYTES = 100 * 2**20
-"""Room for the session of one run on one node: its logs, and what Ray keeps beside them (20 MiB after a long one)."""
+"""Room for the session of one run on one node: Ray's logs and state files."""
 
 FILES = 256
 """Open files that a process may have at the least: a demo on 2 CPUs runs with so many."""

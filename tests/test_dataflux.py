@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -56,12 +57,14 @@ def test_without_dataflux_auto_reads_directly_and_says_why(
 
 
 def test_without_dataflux_a_large_listing_is_complete(
-    no_dataflux: None, gcs_server: EmbeddedServer, bucket: str
+    no_dataflux: None, gcs_server: EmbeddedServer, bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = GCSPlace(open_store(f"gs://{bucket}"), gcs_server.url)
     for number in range(30):
         place.write(f"{number:02d}", b"x")
     store = open_store(f"gs://{bucket}", StoreConfig(fast_listing_above=10, list_page_size=7))
-    listed = list_objects(store)
+    with caplog.at_level(logging.INFO):
+        listed = list_objects(store)
+    assert any("probing finds the split points" in record.message for record in caplog.records)
     assert [meta.name for meta in listed] == [f"{number:02d}" for number in range(30)]
     assert all(meta.generation is not None and meta.crc32c is not None for meta in listed)

@@ -117,14 +117,8 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
     if recipe.trainer.ledger:  # relative to here: a rank's working directory is another one
         ledger = absolute_place(recipe.trainer.ledger)
         recipe = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, ledger=ledger))
-    if recipe.trainer.resume is not None:
-        for words in check_run_folder(run_dir):
-            console.print(f"warning: {words}", markup=False)
-    changes = checks_of_run_dir(recipe, run_dir)
+    changes = checked_folder(recipe, run_dir, console)
     resumed = changes is not None
-    for words in [] if resumed else drop_cases_of_before(run_dir):
-        console.print(words, markup=False)
-    preflight.check_space(recipe, run_dir)
     tracking = reach(mlflow, run_dir, resumed=resumed)
     if recipe.trainer.check_resources and not ray.is_initialized():
         check_early(recipe)
@@ -167,14 +161,7 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
         if (found := preflight.check_smallest(recipe, manifest, train, quarantined)) is not None:
             console.print(found, markup=False)
         check_visible(recipe, [manifest, held_out], run_dir, nodes)
-        if changes is None:
-            manifest.save(f"{run_dir}/{MANIFEST_FILE}")
-            save_held_out(run_dir, split)
-        else:
-            for line in keep_changes(run_dir, changes, manifest, split, kept):
-                console.print(f"changed: {line}", markup=False)
-        # Also of a run that goes on, whose settings may have changed as far as `resume_rules` allows.
-        open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
+        save_start(recipe, run_dir, changes, manifest, split, kept, console)
         bad = recipe.data.bad
         holder = lease.holder.holder
         monitor = start_monitor(run_dir, tensorboard=recipe.trainer.tensorboard, holder=holder)
@@ -203,14 +190,67 @@ def run_in(run_dir: str, lease: Lease, recipe: Recipe, console: Console) -> Outc
             )
             result = in_thread(lambda: guarded(trained, vitals), vitals.look)
             lease.require()
-        rows = read_metrics(run_dir)
-        console.print(epoch_table(rows))
-        console.print(why(rows))
-        if quarantine is not None:
-            console.print(summary(quarantine.entries(), run_dir))
-        ended = stopped.signal_number is None
-        pictures, page = leave_behind(job, rows, result, console, ended=ended)
-    return Outcome(run_dir, rows, newest_place(run_dir, result), pictures, stopped.signal_number, page)
+        return conclude(job, result, stopped.signal_number, console)
+
+
+def checked_folder(recipe: Recipe, run_dir: str, console: Console) -> list[Change] | None:
+    """Check a run's folder before Ray starts, and print what is wrong in it and can be borne.
+
+    Returns:
+        The changes of settings of a run that goes on; None for a new run.
+
+    Raises:
+        IngestError: the run cannot begin, or go on, in this folder.
+    """
+    if recipe.trainer.resume is not None:
+        for words in check_run_folder(run_dir):
+            console.print(f"warning: {words}", markup=False)
+    changes = checks_of_run_dir(recipe, run_dir)
+    for words in drop_cases_of_before(run_dir) if changes is None else []:
+        console.print(words, markup=False)
+    preflight.check_space(recipe, run_dir)
+    return changes
+
+
+def save_start(
+    recipe: Recipe,
+    run_dir: str,
+    changes: list[Change] | None,
+    manifest: Manifest,
+    split: Split,
+    kept: Manifest,
+    console: Console,
+) -> None:
+    """Save a run's recipe, and its cases or, if it goes on, its changes, which are printed too.
+
+    Args:
+        recipe: with all that was derived.
+        run_dir: the run's folder.
+        changes: of a run that goes on; None for a new run.
+        manifest: all cases.
+        split: the cases to train on, and those held out.
+        kept: the held-out cases as the run's folder has them.
+        console: where changes are printed.
+    """
+    if changes is None:
+        manifest.save(f"{run_dir}/{MANIFEST_FILE}")
+        save_held_out(run_dir, split)
+    else:
+        for line in keep_changes(run_dir, changes, manifest, split, kept):
+            console.print(f"changed: {line}", markup=False)
+    # A run that goes on saves its recipe too, because settings may change as far as `resume_rules` allows.
+    open_store(run_dir).put(RECIPE_FILE, recipe.to_json().encode())
+
+
+def conclude(job: LoopJob, result: ray.train.Result, signal_number: int | None, console: Console) -> Outcome:
+    """Print a run's table and why it waited, write its page and pictures, and return what it left behind."""
+    rows = read_metrics(job.run_dir)
+    console.print(epoch_table(rows))
+    console.print(why(rows))
+    if job.quarantine is not None:
+        console.print(summary(job.quarantine.entries(), job.run_dir))
+    pictures, page = leave_behind(job, rows, result, console, ended=signal_number is None)
+    return Outcome(job.run_dir, rows, newest_place(job.run_dir, result), pictures, signal_number, page)
 
 
 def newest_place(run_dir: str, result: ray.train.Result) -> str | None:
@@ -220,7 +260,7 @@ def newest_place(run_dir: str, result: ray.train.Result) -> str | None:
 
 
 def announce(job: LoopJob, split: Split, console: Console, *, use_gpu: bool, resumed: bool) -> None:
-    """Print what a run trains on, and where a resumed one goes on."""
+    """Print the cases, ranks and folder of a run, and the position that a resumed run goes on from."""
     trainer = job.recipe.trainer
     batch = f"{trainer.accumulate} x {trainer.batch_size}" if trainer.accumulate > 1 else f"{trainer.batch_size}"
     others = f", {split.left_out} other cases of held-out subjects left out" if split.left_out else ""

@@ -51,7 +51,7 @@ def killed_for_memory(error: BaseException) -> Killed | None:
 
 
 def parsed(text: str) -> Killed:
-    """Ray's message, read; what it does not say is left out."""
+    """Parse Ray's message. A fact that the message lacks is left out."""
     chosen = re.search(r"Selected to kill: \((.*)\)", text)
     facts = dict(re.findall(r"(task name|pid|actual memory used)=([^,]+)", chosen[1] if chosen else ""))
     name = facts.get("task name", "")

@@ -57,7 +57,7 @@ class OwnRay:
         dead: Callable[[], Sequence[tuple[str, int, int]]] = own_dead_processes,
         end: Callable[[], None] = end_own_ray,
     ) -> None:
-        """Take what the message needs.
+        """Store the run's folder and the source of ended processes.
 
         Args:
             run_dir: the run's folder, to go on with.
@@ -91,7 +91,7 @@ class Head:
     """Looks now and then whether the head of a joined cluster takes connections; it may be away for a while."""
 
     def __init__(self, run_dir: str, address: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take what the message needs.
+        """Store the run's folder and the head's address.
 
         Args:
             run_dir: the run's folder, to go on with.
@@ -121,7 +121,7 @@ class Head:
 
 
 def ended(status: int) -> str:
-    """How a process ended, in words, from what `subprocess` says of it."""
+    """Return in words how a process ended, given its `subprocess` return code."""
     if status >= 0:
         return f"ended with status {status}"
     try:
@@ -136,7 +136,7 @@ def vitals_of_ray(run_dir: str, *, here: bool) -> Callable[[], None]:
 
 
 def guarded(work: Callable[[], T], vitals: Vitals) -> T:
-    """Do something that may fail for what died: its error is then that of what died."""
+    """Call a function. If it fails because a watched process died, raise the error of that process instead."""
     try:
         return work()
     except Exception:

@@ -267,7 +267,7 @@ def locked(path: str) -> Iterator[None]:
 
 
 def _new_file(folder: str) -> tuple[int, str]:
-    """Make a file that nobody has, with the permissions that the umask leaves, which `tempfile` does not ask."""
+    """Create a new file with the permissions that the umask leaves. `tempfile` ignores the umask."""
     while True:
         path = os.path.join(folder, f"{_TEMPORARY}{secrets.token_hex(8)}")  # noqa: PTH118
         with contextlib.suppress(FileExistsError):
