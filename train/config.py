@@ -141,9 +141,10 @@ class TrainerConfig:
         if self.torch_threads is not None and self.torch_threads < 1:
             raise ConfigError(f"trainer.torch_threads must be 1 or more; got {self.torch_threads}")
         if self.mlflow is not None and not _is_tracking_uri(self.mlflow):
+            # The message leaves out a login, because that may hold a password.
             raise ConfigError(
                 "trainer.mlflow must be a tracking URI: http://HOST:PORT, https://HOST, databricks, or an absolute "
-                f"sqlite:////FOLDER/mlflow.db; got {self.mlflow!r}"
+                f"sqlite:////FOLDER/mlflow.db; got {self.mlflow.rpartition('@')[2]!r}"
             )
 
     @property

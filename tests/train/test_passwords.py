@@ -13,7 +13,7 @@ from rich.console import Console
 from ingest.errors import ConfigError
 from ingest.stores import open_store
 from tests.train.fake_mlflow import NAME, PASSWORD, fake_mlflow
-from train.config import Recipe
+from train.config import Recipe, TrainerConfig
 from train.page import page_of
 from train.passwords import recipe_without_password, split_login
 from train.recipes import DEMO
@@ -111,3 +111,10 @@ def test_a_job_with_a_password_is_refused_before_it_is_sent():
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD in the environment") as caught:
         submit(submission, "demo", Console(file=io.StringIO()))
     assert "h1dden" not in str(caught.value)
+
+
+def test_a_wrong_tracking_uri_is_refused_without_its_password() -> None:
+    with pytest.raises(ConfigError, match="must be a tracking URI") as refused:
+        TrainerConfig(mlflow="user:secret@host:5000")
+    assert "secret" not in str(refused.value)
+    assert "'host:5000'" in str(refused.value)
