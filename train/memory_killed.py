@@ -87,3 +87,15 @@ def out_of_memory(error: BaseException, run_dir: str) -> IngestError | None:
         f"{run_dir} and {killed.settings}, on a node with more memory, or without other processes on it (Ray's "
         "raylet.out lists the largest)"
     )
+
+
+def inference_out_of_memory(error: BaseException) -> IngestError | None:
+    """Return the error of an `evaluate` or `predict` that lost a process to Ray's memory monitor; None otherwise."""
+    killed = killed_for_memory(error)
+    if killed is None:
+        return None
+    return IngestError(
+        f"expected memory for the processes that read and infer, found that {killed.words}; give fewer --workers, a "
+        "smaller --window-batch, or a larger --task-cpus (fewer reads at once), or use a node with more memory (Ray's "
+        "raylet.out lists its largest processes)"
+    )

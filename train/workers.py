@@ -24,6 +24,7 @@ from ingest.unwrap import own_error
 
 from .derive import cpu_shares
 from .evaluate import Shape, SlidingWindowConfig, sliding_window_logits
+from .memory_killed import inference_out_of_memory
 from .ray_noise import without_actor_warning
 from .unet3d import total_stride
 from .validate import score_rows
@@ -242,7 +243,7 @@ def infer(
         with without_actor_warning():
             return list(answers.iter_rows())
     except Exception as error:
-        ours = own_error(error)
+        ours = own_error(error) or inference_out_of_memory(error)
         if ours is not None:
             raise ours from error
         raise

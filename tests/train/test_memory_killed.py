@@ -10,7 +10,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from ingest.errors import ConfigError
 from tests.train.test_restarts import HealthCheckError, Told, at_step_40, ranks_failed  # noqa: F401  a fixture
-from train.memory_killed import killed_for_memory, out_of_memory
+from train.memory_killed import inference_out_of_memory, killed_for_memory, out_of_memory
 from train.restarts import Restarts
 from train.resume_rules import rule_of
 
@@ -44,6 +44,14 @@ def test_a_data_worker_that_was_killed_is_told_from_a_rank_and_has_other_setting
     said = str(out_of_memory(ControllerError(OutOfMemoryError(DATA)), "/runs/a"))
     assert "killed a data worker (ReadCases->MapBatches(transform)), pid 16466, which had 8.87 GB" in said
     assert "a larger --data.task-cpus" in said
+
+
+def test_a_worker_of_evaluate_that_was_killed_is_named_with_settings_of_that_command():
+    said = str(inference_out_of_memory(RuntimeError(DATA)))
+    assert "killed a data worker (ReadCases->MapBatches(transform)), pid 16466, which had 8.87 GB" in said
+    assert "fewer --workers, a smaller --window-batch" in said
+    assert "--trainer" not in said
+    assert inference_out_of_memory(ConfigError("x")) is None
 
 
 def test_an_error_that_crossed_processes_as_text_is_read_too():
